@@ -1,0 +1,95 @@
+"""What a backend declares about itself: the checks and the error bounds of the suite follow from these values.
+
+Scope: plain data without torch. A combination that no check models fails closed (:class:`ContractError`).
+What a contract does not prove: that the backend keeps it; that is what the suite is for.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class ContractError(ValueError):
+    """A contract asks for something that no check or bound models."""
+
+
+class ReceiveLayout(enum.Enum):
+    """Where the rows that a rank receives lie."""
+
+    DENSE_ROWS = "dense rows"  # one row per (token, destination rank), packed from row 0
+    EVERY_ROW = "every row everywhere"  # all rows of all ranks, ordered by source rank and token
+    EXPERT_MAJOR = "expert major"  # [local expert, slot], with a count per expert
+
+
+class RowOrder(enum.Enum):
+    """Order of received rows that the backend promises."""
+
+    ANY = "any"
+    GROUPED_BY_SOURCE_RANK = "grouped by ascending source rank"
+    SOURCE = "ascending (source rank, token)"
+
+
+class MaskedSlots(enum.Enum):
+    """What the backend does with an expert id of -1."""
+
+    DROPPED = "dropped"  # contributes nothing anywhere
+    RANK_ZERO = "counted as an expert of rank 0"  # truncating division; a known hazard, never generated
+    UNMODELLED = "depends on the path taken"  # never generated
+
+
+class Accumulation(enum.Enum):
+    """How the contributions of the destination ranks are summed."""
+
+    FLOAT32 = "float32, one rounding per level"
+    ELEMENT = "element type, a rounding after every addition"
+
+
+class Standing(enum.Enum):
+    """How upstream stands to a cell."""
+
+    CLAIMED = "claimed"  # upstream tests or ships it: a failure gates
+    UNCLAIMED = "unclaimed"  # a failure is a FINDING
+    REFUSED = "refused"  # the backend cannot run it, with its reason
+
+
+@dataclass(frozen=True)
+class Support:
+    """Standing of one (problem, kernel type), with the reason when it is not claimed."""
+
+    standing: Standing
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Declared behaviour of one (backend, kernel type, problem).
+
+    Attributes:
+        receive_layout: where received rows lie.
+        row_order: order of received rows that is promised.
+        masked_slots: fate of expert id -1.
+        accumulation: arithmetic of the combine sum over destination ranks.
+        fold: which of a destination's slots places it in the sum, ``"first"`` or ``"last"`` (informative: the bound
+            holds for any order).
+        node_levels: True if partial sums are rounded per node and summed again over nodes in ascending node id.
+        combines_weights: True if finalize also returns the unweighted sum of the weight rows.
+        source_map: True if the backend reports (source rank, token) of every received row.
+    """
+
+    receive_layout: ReceiveLayout
+    row_order: RowOrder
+    masked_slots: MaskedSlots
+    accumulation: Accumulation = Accumulation.FLOAT32
+    fold: str = "first"
+    node_levels: bool = False
+    combines_weights: bool = True
+    source_map: bool = True
+
+    def __post_init__(self) -> None:
+        if self.fold not in ("first", "last"):
+            raise ContractError(f"fold is {self.fold!r}; choose 'first' or 'last'")
+        if self.receive_layout is ReceiveLayout.EXPERT_MAJOR:
+            raise ContractError("receive layout 'expert major' has no check yet; declare dense rows or every row")
+        if self.node_levels and self.accumulation is not Accumulation.FLOAT32:
+            raise ContractError("per-node rounding levels are modelled for float32 accumulation only")

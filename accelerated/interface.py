@@ -1,0 +1,115 @@
+"""The interface every backend implements: factory (driver side) -> session -> operation (rank side).
+
+Scope: prepare -> experts -> finalize with a declared receive layout. The factory half is called in the driver process,
+which never imports torch; the session half runs in a rank process. What conforming to this interface does not prove:
+that the contract is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+    from accelerated.contract import Contract, Support
+    from reference.problem import Problem
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of preflight: what is wrong and its remedy."""
+
+    what: str
+    remedy: str
+
+
+@dataclass
+class RankContext:
+    """What a rank process gives a session: its place in the world and its device.
+
+    ``group`` is the default process group, already initialised (gloo on CPU; ``cpu:gloo,cuda:nccl`` on a GPU).
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    group: dist.ProcessGroup
+    arch: str  # gfx architecture to assume where no device tells, e.g. "gfx942"
+
+
+@dataclass
+class Received:
+    """What prepare hands to the experts. Tensors may be views of persistent buffers: clone what must outlive the round.
+
+    Attributes:
+        rows: ``[R, H]`` in the problem's dtype; rows from ``count`` on are undefined.
+        ids: ``[R, k]`` int32 global expert ids, the source token's whole row verbatim.
+        weights: ``[R, k]`` float32, the source token's whole row verbatim.
+        count: ``[1]`` int32 on the device, number of valid rows.
+        source_map: host-synchronising call giving ``[count, 2]`` int64 (source rank, token), or None. To be called
+            after prepare and before finalize.
+        state: private to the backend.
+    """
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    count: torch.Tensor
+    source_map: Callable[[], torch.Tensor] | None = None
+    state: object = field(default=None, repr=False)
+
+
+@dataclass
+class Combined:
+    """What finalize returns. ``output`` ``[n, H]`` and ``weights`` ``[n, k]`` float32 or None; may be views."""
+
+    output: torch.Tensor
+    weights: torch.Tensor | None
+
+
+class Operation(Protocol):
+    """One dispatch/combine operator of fixed geometry, alive until :meth:`close`."""
+
+    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+        """Dispatch ``rows [n, H]``, ``ids [n, k]`` int32 and ``weights [n, k]`` float32. Collective; never syncs the host."""
+
+    def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
+        """Sum ``expert_rows [R, H]`` (row i answers received row i) back to their sources. Collective; never syncs the host."""
+
+    def close(self) -> None:
+        """Release the operator. Called in the same order on every rank."""
+
+
+class Session(Protocol):
+    """A library initialised in one rank process. One per process lifetime."""
+
+    def build(self, problem: Problem, kernel_type: str) -> Operation:
+        """Construct an operator. Collective over the default group."""
+
+    def close(self) -> None:
+        """Finalise the library; every operation is closed already, the process group is still alive."""
+
+
+class Backend(Protocol):
+    """Factory and contract of one backend. Every attribute and method but :meth:`open` works without torch."""
+
+    name: str
+    standin: bool  # True: a double, every report must say so
+    judged_by: str  # "reference" or "oracle"
+    kernel_types: Sequence[str]
+
+    def support(self, problem: Problem, kernel_type: str) -> Support:
+        """Say whether this problem is claimed, unclaimed or refused, with the reason."""
+
+    def contract(self, problem: Problem, kernel_type: str) -> Contract:
+        """Declare the behaviour for a problem that :meth:`support` does not refuse."""
+
+    def preflight(self, device: str) -> list[Finding]:
+        """Look, without importing anything heavy, for reasons why :meth:`open` would fail on this machine."""
+
+    def open(self, context: RankContext) -> Session:
+        """Initialise the library in a rank process."""
