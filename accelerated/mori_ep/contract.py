@@ -1,0 +1,229 @@
+"""What MoRI declares about each kernel type: which problems run, and how the results come out.
+
+Scope: plain data without torch, restated from MoRI 624002c8 (file and line with each rule) and from running its device
+code under emulation. What a declaration does not prove: that the hardware keeps it, or that upstream's own tests cover
+the cell (they run 8 ranks only).
+
+How cells stand: **claimed** is what upstream tests, documents or ships a kernel instance and a launch value for. That
+includes the legacy InterNode, whose combine values upstream never compares: it is compiled, documented as the baseline
+multi-node kernel and tested for dispatch (tests/python/ops/test_dispatch_combine_internode.py), so its users rely on
+it. It includes float32, which every kernel type is compiled for (dispatch_combine.py, dtype suffixes). **unclaimed** is
+what neither upstream nor vLLM 0.33.0 exercises. **refused** is what aborts, faults or is known to lose rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from accelerated.contract import Contract, ContractError, MaskedSlots, ReceiveLayout, RowOrder, Standing, Support
+from reference.catalogue import (
+    KERNEL_TYPES,
+    VLLM_BACKENDS,
+    Architecture,
+    CatalogueError,
+    architecture,
+    vllm_kernel_type,
+)
+from reference.problem import Problem
+
+INTRA_NODE_TYPES = ("IntraNode", "IntraNodeLL")
+NODE_LEVEL_TYPES = ("InterNodeV1", "InterNodeV1LL")
+
+#: MoRI asserts that a rank's index on its host is below this (src/application/context/context.cpp).
+RANKS_PER_HOST = 8
+#: Length of the per-rank arrays of the intra-node kernels (intranode.hpp:40, intranode_ll.hpp:44).
+INTRA_NODE_RANKS = 8
+#: Ranks the legacy InterNode kernel counts to a node, whatever ``gpu_per_node`` says (internode.hpp:67).
+LEGACY_NODE_RANKS = 8
+#: Tokens per chunk of the multi-node V1 kernels (internode_v1.cpp:203).
+CHUNK_TOKENS = 64
+#: Slots the destination scan of IntraNodeLL covers (intranode_ll.hpp:177).
+LL_SLOTS = 8
+
+# gfx125x only: intranode_1250x.hpp:325-330 (staging slots over all peers, slots of a token) and dispatch_combine.py
+# (LDS budget of combine, and the 16 warps it launches from a caller's tensor; 128 is the alignment of the tiles).
+_TDM_POOL_SLOTS = 8 * 32768
+_TDM_TOP_K = 16
+_TDM_LDS_BYTES = 327680
+_TDM_PUSH_WARPS = 16
+_TDM_ALIGNMENT = 128
+
+
+@lru_cache(maxsize=4096)
+def support(
+    problem: Problem, kernel_type: str, arch: str, *, ranks_per_host_limit: int | None = RANKS_PER_HOST
+) -> Support:
+    """Standing of ``problem`` on one kernel type.
+
+    Args:
+        problem: sizes.
+        kernel_type: one of the six, or a vLLM backend name (``mori_high_throughput``, ``mori_low_latency``).
+        arch: gfx architecture of the catalogue.
+        ranks_per_host_limit: most ranks that may run on the one host that holds them all; None for a stand-in.
+
+    Returns:
+        REFUSED with the first rule that the problem breaks, UNCLAIMED with what nobody exercises, or CLAIMED.
+    """
+    try:
+        target = architecture(arch)
+        kernel_type = resolve(kernel_type, problem, target)
+    except CatalogueError as error:
+        return Support(Standing.REFUSED, str(error))
+    reason = next(_refusals(problem, kernel_type, target, ranks_per_host_limit), None)
+    if reason is not None:
+        return Support(Standing.REFUSED, reason)
+    reason = next(_unclaimed(problem, kernel_type, target), None)
+    if reason is not None:
+        return Support(Standing.UNCLAIMED, reason)
+    return Support(Standing.CLAIMED)
+
+
+@lru_cache(maxsize=4096)
+def contract(problem: Problem, kernel_type: str, arch: str) -> Contract:
+    """Declared behaviour of one kernel type for a problem that :func:`support` does not refuse.
+
+    Source of semantics (MoRI 624002c8): row order low_latency_async.cpp:324; fold intranode.hpp:133 and
+    intranode_ll.hpp:178; node levels internode_v1.cpp:802 and 1365; combined weights dispatch_combine.py, combine_send.
+
+    Raises:
+        ContractError: unknown kernel type or architecture.
+    """
+    try:
+        kernel_type = resolve(kernel_type, problem, architecture(arch))
+    except CatalogueError as error:
+        raise ContractError(str(error)) from error
+    return Contract(
+        receive_layout=ReceiveLayout.DENSE_ROWS,
+        row_order=RowOrder.GROUPED_BY_SOURCE_RANK if kernel_type == "AsyncLL" else RowOrder.ANY,
+        masked_slots=_masked_slots(problem, kernel_type),
+        fold="last" if kernel_type == "IntraNodeLL" else "first",
+        node_levels=kernel_type in NODE_LEVEL_TYPES and problem.nodes > 1,
+        combines_weights=kernel_type != "AsyncLL",
+    )
+
+
+def resolve(kernel_type: str, problem: Problem, arch: Architecture) -> str:
+    """Kernel type behind a name: itself, or vLLM's choice for one of its MoRI backends on this topology.
+
+    Raises:
+        CatalogueError: no such name, or vLLM has no branch for the architecture.
+    """
+    if kernel_type in KERNEL_TYPES:
+        return kernel_type
+    if kernel_type in VLLM_BACKENDS:
+        return vllm_kernel_type(kernel_type, problem.nodes, arch)[0]
+    choices = ", ".join((*KERNEL_TYPES, *VLLM_BACKENDS))
+    raise CatalogueError(f"unknown MoRI kernel type {kernel_type!r}; choose one of {choices}")
+
+
+def _masked_slots(problem: Problem, kernel_type: str) -> MaskedSlots:
+    single_expert = problem.experts_per_rank == 1
+    if kernel_type == "InterNode":
+        # -1 // EPR truncates to 0 unless EPR is 1, when the range check catches it (internode.hpp:96).
+        return MaskedSlots.DROPPED if single_expert else MaskedSlots.RANK_ZERO
+    if kernel_type == "AsyncLL":
+        # With EPR 1 the receiver aborts if another slot of the token is valid (low_latency_async.cpp:379).
+        return MaskedSlots.UNMODELLED if single_expert else MaskedSlots.RANK_ZERO
+    if kernel_type == "InterNodeV1LL" and problem.nodes > 1:
+        # The cross-node path adds a row on rank 0 that only sometimes contributes; EPR 1 aborts (internode_v1.cpp:536).
+        return MaskedSlots.UNMODELLED
+    return MaskedSlots.DROPPED
+
+
+def _refusals(
+    problem: Problem, kernel_type: str, arch: Architecture, ranks_per_host_limit: int | None
+) -> Iterator[str]:
+    """Reasons why the library cannot run the problem, most general first."""
+    ranks, per_node = problem.world_size, problem.ranks_per_node
+    if kernel_type not in arch.kernel_types:
+        yield (
+            f"{kernel_type} is not available on {arch.name}: MoRI's {arch.symmetric_backend} backend carries "
+            f"{', '.join(arch.kernel_types)} only, the others put through shmem device state that it never "
+            "initialises (dispatch_combine.py, _maybe_get_cco_comm)"
+        )
+    if ranks_per_host_limit is not None and ranks > ranks_per_host_limit:
+        yield f"world_size is {ranks}; MoRI runs at most {ranks_per_host_limit} ranks on a host (context.cpp)"
+    if per_node & (per_node - 1):
+        yield (
+            f"{per_node} ranks per node; MoRI aborts unless gpu_per_node is a power of two "
+            "(dispatch_combine.cpp:117); choose another world_size or nodes"
+        )
+    if problem.top_k >= arch.wave_size:
+        yield f"top_k is {problem.top_k}; {arch.name} asserts that it is below its wave size {arch.wave_size}"
+    if kernel_type in INTRA_NODE_TYPES:
+        yield from _intra_node_refusals(problem, kernel_type)
+    elif kernel_type in NODE_LEVEL_TYPES and problem.nodes > 1:
+        yield from _node_level_refusals(problem, kernel_type, arch)
+    elif kernel_type == "InterNode" and problem.nodes > 1 and per_node != LEGACY_NODE_RANKS:
+        yield (
+            f"{per_node} ranks per node; the legacy InterNode kernel counts {LEGACY_NODE_RANKS} ranks to a node "
+            "whatever gpu_per_node says (internode.hpp:67); use InterNodeV1 to emulate nodes on one host"
+        )
+    elif kernel_type == "AsyncLL" and ranks > arch.wave_size:
+        yield f"world_size is {ranks}; AsyncLL gives each rank a lane and {arch.name} has {arch.wave_size}"
+    if kernel_type == "IntraNode" and arch.symmetric_backend == "cco":
+        yield from _tdm_refusals(problem)
+
+
+def _intra_node_refusals(problem: Problem, kernel_type: str) -> Iterator[str]:
+    if problem.nodes > 1:
+        yield f"nodes is {problem.nodes}; {kernel_type} runs on one node; use InterNodeV1, InterNodeV1LL or AsyncLL"
+    if problem.world_size > INTRA_NODE_RANKS:
+        yield (
+            f"world_size is {problem.world_size}; {kernel_type} holds per-rank state for {INTRA_NODE_RANKS} ranks "
+            "(intranode.hpp:40, intranode_ll.hpp:44); use an InterNode type"
+        )
+    if kernel_type == "IntraNodeLL" and problem.top_k > LL_SLOTS:
+        yield (
+            f"top_k is {problem.top_k}; IntraNodeLL looks for destinations in the first {LL_SLOTS} slots only and "
+            "loses the rest (intranode_ll.hpp:177); use IntraNode"
+        )
+
+
+def _node_level_refusals(problem: Problem, kernel_type: str, arch: Architecture) -> Iterator[str]:
+    if problem.nodes > problem.top_k:
+        yield (
+            f"nodes is {problem.nodes} and top_k {problem.top_k}; {kernel_type} indexes arrays of top_k by node "
+            "(internode_v1.cpp:1352), so nodes must not exceed top_k"
+        )
+    if problem.capacity > CHUNK_TOKENS and problem.capacity % CHUNK_TOKENS:
+        yield (
+            f"capacity is {problem.capacity}; with more than one node {kernel_type} overruns a node's rows unless it "
+            f"is at most {CHUNK_TOKENS} or a multiple of {CHUNK_TOKENS} (internode_v1.cpp:203)"
+        )
+    if kernel_type == "InterNodeV1" and arch.wave_size == 32:
+        yield (
+            "InterNodeV1 loses rows with more than one node on wave 32 (a 64-bit mask shifted by a 32-lane count, "
+            "internode_v1.cpp:206); use InterNodeV1LL"
+        )
+
+
+def _tdm_refusals(problem: Problem) -> Iterator[str]:
+    """Limits of the gfx125x bodies of IntraNode."""
+    if problem.top_k > _TDM_TOP_K:
+        yield f"top_k is {problem.top_k}; the gfx125x dispatch stages {_TDM_TOP_K} slots (intranode_1250x.hpp:330)"
+    slots, needed = _TDM_POOL_SLOTS // problem.world_size, problem.world_size * problem.capacity
+    if needed > slots:
+        yield (
+            f"capacity is {problem.capacity}; the gfx125x dispatch stages {slots} rows per peer at "
+            f"{problem.world_size} ranks and needs {needed} (dispatch_combine.py); lower the capacity"
+        )
+    pointers = _TDM_PUSH_WARPS * problem.top_k * 2 * 8
+    tiles = _TDM_PUSH_WARPS * problem.hidden * problem.element_bytes
+    lds = -(-pointers // _TDM_ALIGNMENT) * _TDM_ALIGNMENT + tiles
+    if lds > _TDM_LDS_BYTES:
+        yield (
+            f"hidden is {problem.hidden} in {problem.dtype}; the gfx125x combine needs {lds} bytes of LDS and has "
+            f"{_TDM_LDS_BYTES} (dispatch_combine.py, _combine_shared_mem)"
+        )
+
+
+def _unclaimed(problem: Problem, kernel_type: str, arch: Architecture) -> Iterator[str]:
+    """What neither upstream nor vLLM exercises, although nothing in the code forbids it."""
+    if problem.world_size == 1:
+        yield "upstream tests 8 ranks and vLLM 2 and more; nobody runs expert parallelism on 1 rank"
+    if kernel_type in NODE_LEVEL_TYPES and problem.nodes > 1 and problem.ranks_per_node == 1:
+        yield f"upstream runs {kernel_type} with 4 and 8 ranks per node; nobody runs it with one"
+    if kernel_type == "IntraNodeLL" and arch.symmetric_backend == "cco":
+        yield f"upstream has neither a test nor a launch value for IntraNodeLL on {arch.name}, only for IntraNode"

@@ -1,0 +1,98 @@
+"""The specification itself as a backend: it is driven like any other and judged by the oracle, not by itself.
+
+What a pass does not prove: anything about an accelerated library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from accelerated.contract import Contract, MaskedSlots, ReceiveLayout, RowOrder, Standing, Support
+
+if TYPE_CHECKING:
+    import torch
+
+    from accelerated.interface import Combined, Finding, RankContext, Received
+    from reference.problem import Problem
+
+#: Rounding structures the specification offers: one level, or one per node and one over nodes.
+ONE_LEVEL, NODE_LEVELS = "one-level", "node-levels"
+
+
+class ReferenceBackend:
+    """``reference``: :mod:`reference.dispatch_combine` behind the backend interface."""
+
+    name = "reference"
+    standin = False
+    judged_by = "oracle"
+    kernel_types: Sequence[str] = (ONE_LEVEL, NODE_LEVELS)
+
+    def support(self, problem: Problem, kernel_type: str) -> Support:
+        if kernel_type == ONE_LEVEL and problem.nodes > 1:
+            return Support(Standing.REFUSED, "one rounding level has no nodes; use node-levels")
+        return Support(Standing.CLAIMED)
+
+    def contract(self, problem: Problem, kernel_type: str) -> Contract:
+        return Contract(
+            receive_layout=ReceiveLayout.DENSE_ROWS,
+            row_order=RowOrder.SOURCE,
+            masked_slots=MaskedSlots.DROPPED,
+            node_levels=kernel_type == NODE_LEVELS and problem.nodes > 1,
+        )
+
+    def preflight(self, device: str) -> list[Finding]:
+        return []
+
+    def open(self, context: RankContext) -> ReferenceSession:
+        return ReferenceSession(context)
+
+
+class ReferenceSession:
+    """Nothing to initialise beyond the process group."""
+
+    def __init__(self, context: RankContext) -> None:
+        self._context = context
+
+    def build(self, problem: Problem, kernel_type: str) -> ReferenceOperation:
+        return ReferenceOperation(self._context, problem, problem.nodes if kernel_type == NODE_LEVELS else 1)
+
+    def close(self) -> None:
+        return None
+
+
+class ReferenceOperation:
+    """prepare = dispatch, finalize = combine; 3 collectives per round."""
+
+    def __init__(self, context: RankContext, problem: Problem, nodes: int) -> None:
+        self._group = context.group
+        self._experts_per_rank = problem.experts_per_rank
+        self._nodes = nodes
+
+    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+        import torch
+
+        from accelerated.interface import Received
+        from reference.dispatch_combine import dispatch
+
+        sent = dispatch(rows, ids, weights, experts_per_rank=self._experts_per_rank, group=self._group)
+        return Received(
+            rows=sent.rows,
+            ids=sent.ids,
+            weights=sent.weights,
+            count=torch.full((1,), sent.rows.shape[0], dtype=torch.int32, device=rows.device),
+            source_map=lambda: torch.stack([sent.source_rank, sent.source_token], dim=1),
+            state=sent,
+        )
+
+    def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
+        from accelerated.interface import Combined
+        from reference.dispatch_combine import Dispatched, combine
+
+        sent = received.state
+        assert isinstance(sent, Dispatched)
+        result = combine(expert_rows, sent, received.weights, nodes=self._nodes, group=self._group)
+        return Combined(result.output, result.weights)
+
+    def close(self) -> None:
+        return None

@@ -1,0 +1,184 @@
+"""Case types: frozen, JSON-serialisable descriptions of one input. They never hold tensors.
+
+A *cell* fixes what is compiled or allocated (property, backend, kernel type, ranks, geometry, mode); a *case* is a cell
+plus the rounds that Hypothesis draws. The case id is a hash of the case's JSON, so a case file names itself.
+What a case does not hold: anything about the machine; the records do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import msgspec
+
+from conformance.recipes import explicit_rows
+from reference.problem import Problem
+
+Mode = Literal["drained", "free-running"]
+Values = Literal["integers", "normal", "wide"]
+Placement = Literal["linear", "round_robin"]
+
+Rows = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+class CaseError(ValueError):
+    """A case file or a case does not describe an input. The message names the value, the limit and the fix."""
+
+
+class Cell(msgspec.Struct, frozen=True, order=True):
+    """One test item: what stays fixed while Hypothesis varies routing, values and sequence."""
+
+    check: str  # the property, i.e. the test module's subject
+    backend: str
+    kernel_type: str
+    world_size: int
+    nodes: int
+    hidden: int
+    experts: int
+    top_k: int
+    capacity: int
+    dtype: str
+    mode: Mode
+    placement: Placement = "linear"
+    model: str = ""  # name of the model shape the geometry comes from, "" for a synthetic one
+
+    def problem(self) -> Problem:
+        """Sizes as the reference and the backends take them."""
+        return Problem(
+            world_size=self.world_size,
+            hidden=self.hidden,
+            experts=self.experts,
+            top_k=self.top_k,
+            capacity=self.capacity,
+            dtype=self.dtype,
+            nodes=self.nodes,
+        )
+
+    @property
+    def label(self) -> str:
+        """Readable and unique name, used as the pytest id."""
+        shape = self.model or f"h{self.hidden}"
+        nodes = f"-{self.nodes}nodes" if self.nodes > 1 else ""
+        placement = f"-{self.placement}" if self.placement != "linear" else ""
+        return (
+            f"{self.backend}-{self.kernel_type}-ep{self.world_size}{nodes}-{shape}-e{self.experts}k{self.top_k}"
+            f"m{self.capacity}-{self.dtype}-{self.mode}{placement}"
+        )
+
+
+class Explicit(msgspec.Struct, frozen=True, tag="explicit"):
+    """Routing spelt out: ``rows[rank][token][slot]`` is a global expert id, or -1 for a masked slot."""
+
+    rows: Rows
+
+
+class Recipe(msgspec.Struct, frozen=True, tag="recipe"):
+    """Routing of a large round: expanded by :func:`conformance.recipes.explicit_rows` from few numbers."""
+
+    archetype: str
+    counts: tuple[int, ...]
+    parameter: int  # the hot expert, rank or node of the archetype
+    seed: int
+
+
+class Round(msgspec.Struct, frozen=True):
+    """One dispatch and combine."""
+
+    routing: Explicit | Recipe
+    values: Values = "integers"
+    seed: int = 0
+    delays_ms: tuple[int, ...] = ()  # per rank, slept before the dispatch; () is no delay
+
+
+class Case(msgspec.Struct, frozen=True):
+    """A cell and the rounds that run on one operator, in order."""
+
+    cell: Cell
+    rounds: tuple[Round, ...]
+
+    @property
+    def id(self) -> str:
+        """First 12 hex digits of a hash of the case's JSON."""
+        return hashlib.blake2b(encode(self), digest_size=6).hexdigest()
+
+    def token_counts(self) -> list[tuple[int, ...]]:
+        """Tokens per rank of each round."""
+        return [routing_counts(r.routing) for r in self.rounds]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rounds and ranks."""
+        return sum(map(sum, self.token_counts()))
+
+
+def routing_counts(routing: Explicit | Recipe) -> tuple[int, ...]:
+    """Tokens per rank of one round."""
+    return routing.counts if isinstance(routing, Recipe) else tuple(map(len, routing.rows))
+
+
+def expand(cell: Cell, routing: Explicit | Recipe) -> Rows:
+    """Routing of one round as explicit rows."""
+    if isinstance(routing, Explicit):
+        return routing.rows
+    return explicit_rows(
+        routing.archetype,
+        routing.counts,
+        routing.parameter,
+        routing.seed,
+        experts=cell.experts,
+        top_k=cell.top_k,
+        nodes=cell.nodes,
+    )
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Case)
+
+
+def encode(case: Case) -> bytes:
+    """Canonical JSON of a case."""
+    return _encoder.encode(case)
+
+
+def decode(data: bytes, origin: str) -> Case:
+    """Read a case from JSON and check it against its own cell.
+
+    Raises:
+        CaseError: not JSON, not a case, or a case that its cell cannot hold; ``origin`` is named in the message.
+    """
+    try:
+        case = _decoder.decode(data)
+        validate(case)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise CaseError(f"{origin} is not a valid case: {error}; fix or delete it") from error
+    return case
+
+
+def validate(case: Case) -> None:
+    """Check that every round fits the cell.
+
+    Raises:
+        CaseError: names the round, the value and the limit.
+    """
+    cell = case.cell
+    cell.problem()
+    if not case.rounds:
+        raise CaseError("the case has no rounds; give at least one")
+    for index, a_round in enumerate(case.rounds):
+        counts = routing_counts(a_round.routing)
+        if len(counts) != cell.world_size:
+            raise CaseError(f"round {index} routes {len(counts)} ranks; the cell has {cell.world_size}")
+        if max(counts) > cell.capacity or min(counts) < 0:
+            raise CaseError(f"round {index} has {max(counts)} tokens on a rank; the capacity is {cell.capacity}")
+        if a_round.delays_ms and len(a_round.delays_ms) != cell.world_size:
+            raise CaseError(f"round {index} has {len(a_round.delays_ms)} delays; give one per rank or none")
+        if isinstance(a_round.routing, Recipe):
+            continue
+        for rank, rows in enumerate(a_round.routing.rows):
+            for token, row in enumerate(rows):
+                if len(row) != cell.top_k or not all(-1 <= e < cell.experts for e in row):
+                    raise CaseError(
+                        f"round {index}, rank {rank}, token {token} is routed to {row}; give {cell.top_k} ids "
+                        f"from -1 to {cell.experts - 1}"
+                    )

@@ -1,0 +1,221 @@
+"""The driver: sends cases to a pool, turns replies into outcomes, keeps the pool healthy.
+
+Outcomes are memoised by case id, so Hypothesis never sees a flake. After a failed case the operator is rebuilt, after a
+crash, hang, exception or lost lockstep the whole pool is replaced and must pass a canary exchange before it is used
+again. What the driver never does: import torch, open a device, or look at a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from conformance.cases import Case, Cell
+from conformance.engine.pool import Pool, PoolKey, PoolStartError, Reply, signal_name
+from conformance.engine.protocol import Answer, Build, Canary, Mismatch, Run
+from conformance.verdicts import Verdict
+
+BUILD_LIMIT_S = float(os.environ.get("EP_CONFORMANCE_BUILD_LIMIT_S", "120"))
+CANARY_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds one case may take: ``max(floor, factor x median of passed cases)``; the first case gets ``first``."""
+
+    floor_s: float = 10.0
+    first_s: float = 60.0
+    factor: float = 50.0
+    hang_budget: int = 40  # crashes and hangs that one cell may cost before reduction stops
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Verdict on one case. ``check`` names what failed; two failures are the same iff (verdict, check) are equal."""
+
+    verdict: Verdict
+    check: str = ""
+    rank: int = -1
+    ratio: float = 0.0
+    mismatch: Mismatch | None = None
+    text: str = ""
+    stacks: dict[int, str] = field(default_factory=dict, hash=False)
+    phases: dict[int, str] = field(default_factory=dict, hash=False)
+    seconds: float = 0.0
+
+    @property
+    def key(self) -> tuple[Verdict, str]:
+        """Identity of a failure."""
+        return self.verdict, self.check
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict is Verdict.PASS
+
+
+class InfraError(RuntimeError):
+    """The harness or the machine failed; never the product's fault."""
+
+
+class Driver:
+    """One worker's pool and its current cell."""
+
+    def __init__(
+        self,
+        backend: str,
+        *,
+        arch: str = "gfx942",
+        device: str = "cpu",
+        environment: Sequence[tuple[str, str]] = (),
+        limits: Limits | None = None,
+    ) -> None:
+        self._backend, self._arch, self._device = backend, arch, device
+        self._environment = tuple(environment)
+        self.limits = limits or Limits()
+        self._pool: Pool | None = None
+        self._cell: Cell | None = None
+        self._durations: list[float] = []
+        self._infra_in_a_row = 0
+        self.restarts = 0
+        self.on_phase: Callable[[str], None] = lambda text: None
+
+    # ------------------------------------------------------------------ life of pools and operators
+    def close(self) -> None:
+        """Let the pool finalise in order."""
+        if self._pool is not None:
+            self._pool.close()
+        self._pool = self._cell = None
+
+    def discard(self) -> None:
+        """Kill the pool at once; the next case gets a fresh one."""
+        if self._pool is not None:
+            self._pool.kill()
+            self.restarts += 1
+        self._pool = self._cell = None
+
+    def _ready_pool(self, cell: Cell) -> Outcome | None:
+        """Have a pool with the cell's operator; the outcome of the attempt if it failed."""
+        key = PoolKey(cell.world_size, self._backend, self._arch, self._device, self._environment)
+        if self._pool is not None and self._pool.key != key:
+            self.close()
+        if self._pool is None:
+            try:
+                self._pool = Pool(key)
+            except PoolStartError as error:
+                return _outcome_of(error.reply, "start")
+            self._durations = []
+            reply = self._pool.command(Canary, CANARY_LIMIT_S)
+            if not reply.alive:
+                self.discard()
+                raise InfraError("a fresh pool failed its canary exchange: " + _describe(reply))
+        if self._cell != cell:
+            reply = self._pool.command(Build, BUILD_LIMIT_S, cell=cell)
+            if not reply.alive:
+                self.discard()
+                return _outcome_of(reply, "build")
+            self._cell = cell
+        return None
+
+    def rebuild(self) -> None:
+        """Have the next case run on a new operator."""
+        self._cell = None
+
+    # ------------------------------------------------------------------ running
+    def run(self, case: Case, *, limit_s: float | None = None) -> Outcome:
+        """Run a case once and say what happened.
+
+        Raises:
+            InfraError: the harness itself failed (its own exception, lost lockstep, a pool that does not come up).
+        """
+        failed = self._ready_pool(case.cell)
+        if failed is not None:
+            return failed
+        assert self._pool is not None
+        started = time.monotonic()
+        reply = self._pool.command(Run, limit_s or self._limit(), case=case)
+        seconds = time.monotonic() - started
+        if reply.lost_lockstep:
+            self.discard()
+            raise InfraError("lost lockstep: " + reply.lost_lockstep)
+        broken = [a for a in reply.answers.values() if a.status == "harness"]
+        if broken and not reply.dead:
+            self.discard()
+            raise InfraError(f"the harness failed on rank {broken[0].rank} ({broken[0].kind}):\n{broken[0].text}")
+        outcome = _outcome_of(reply, "case", seconds)
+        if not reply.alive:
+            self.discard()
+        elif not outcome.passed:
+            self.rebuild()  # its counters and buffers may be spoilt
+        else:
+            self._durations.append(seconds)
+        return outcome
+
+    def _limit(self) -> float:
+        if not self._durations:
+            return self.limits.first_s
+        recent = self._durations[-50:]
+        return max(self.limits.floor_s, self.limits.factor * statistics.median(recent))
+
+
+def _outcome_of(reply: Reply, stage: str, seconds: float = 0.0) -> Outcome:
+    """The first failure in a reply; blocked ranks are its consequences."""
+    if reply.dead:
+        rank = min(reply.dead)
+        name = signal_name(reply.dead[rank])
+        text = f"rank {rank} died of {name} during {stage}, in {reply.phases.get(rank, 'unknown')}"
+        return Outcome(Verdict.CRASH, name, rank, text=text, stacks=reply.stacks, phases=reply.phases, seconds=seconds)
+    raised = _first(reply, "raised") or _first(reply, "harness")
+    if raised is not None:
+        text = f"rank {raised.rank} raised {raised.kind} during {stage}:\n{raised.text}"
+        check = f"raised.{raised.kind}"
+        return Outcome(
+            Verdict.FAIL, check, raised.rank, text=text, stacks=reply.stacks, phases=reply.phases, seconds=seconds
+        )
+    if reply.missing:
+        waiting = ", ".join(f"rank {r} in {reply.phases.get(r, 'unknown')}" for r in reply.missing)
+        text = f"no answer during {stage} from {waiting}"
+        rank = reply.missing[0]
+        return Outcome(Verdict.HANG, "hang", rank, text=text, stacks=reply.stacks, phases=reply.phases, seconds=seconds)
+    failed = [a for a in reply.answers.values() if a.mismatch is not None]
+    if failed:
+        first = min(failed, key=_severity)
+        assert first.mismatch is not None
+        text = f"on rank {first.rank}, {first.mismatch.text()}"
+        others = sorted(a.rank for a in failed if a is not first)
+        if others:
+            text += f"\nalso failing: ranks {', '.join(map(str, others))}"
+        return Outcome(
+            Verdict.FAIL, first.mismatch.check, first.rank, first.ratio, first.mismatch, text, seconds=seconds
+        )
+    return Outcome(Verdict.PASS, ratio=max((a.ratio for a in reply.answers.values()), default=0.0), seconds=seconds)
+
+
+#: Checks in the order of the data flow: the first one that fails explains the later ones.
+_CHECK_ORDER = (
+    "dispatch.count",
+    "dispatch.rows",
+    "dispatch.payload",
+    "dispatch.ids",
+    "dispatch.weights",
+    "dispatch.source_map",
+    "dispatch.order",
+    "combine.output",
+    "combine.weights",
+    "inputs.modified",
+)
+
+
+def _severity(answer: Answer) -> tuple[int, int, int]:
+    assert answer.mismatch is not None
+    return answer.mismatch.round, _CHECK_ORDER.index(answer.mismatch.check), answer.rank
+
+
+def _first(reply: Reply, status: str) -> Answer | None:
+    return min((a for a in reply.answers.values() if a.status == status), key=lambda a: a.rank, default=None)
+
+
+def _describe(reply: Reply) -> str:
+    return _outcome_of(reply, "canary").text or "wrong answer"

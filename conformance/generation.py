@@ -1,0 +1,111 @@
+"""Hypothesis strategies: a mixture of routing archetypes over boundary sizes, legal by construction.
+
+Free lists alone almost never fill a rank or heat an expert, so a round first draws its archetype, then its token
+counts from the boundaries of the cell, then the rows: a small palette of rows drawn slot by slot, or a recipe above
+:data:`EXPLICIT_TOKENS` tokens x :data:`EXPLICIT_SLOTS` slots. Shrinking is not done here but by
+:mod:`conformance.engine.reducer`, on the case itself. What is never drawn: ids or counts outside the contract.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from hypothesis import strategies as st
+
+from accelerated.contract import Contract, MaskedSlots
+from conformance.cases import Case, Cell, Explicit, Recipe, Round, Values
+from conformance.recipes import ARCHETYPES, Row, Site
+
+#: Above this many (tokens x slots) over all ranks a round is a recipe.
+EXPLICIT_SLOTS = 256 * 8
+_PALETTE = 6
+_MAX_SEED = 2**20 - 1
+_VALUES: tuple[Values, ...] = ("integers", "integers", "normal", "wide")
+
+
+def boundary_counts(capacity: int) -> tuple[int, ...]:
+    """Token counts at and around limits: nothing, one, wave and tile edges, and the capacity."""
+    edges = {0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, capacity // 2, capacity - 1}
+    return tuple(sorted(e for e in edges | {capacity} if 0 <= e <= capacity))
+
+
+@st.composite
+def token_counts(draw: st.DrawFn, world_size: int, capacity: int) -> tuple[int, ...]:
+    """Tokens per rank: ragged, all alike, one busy rank, or every other rank idle."""
+    edge = st.sampled_from(boundary_counts(capacity))
+    pattern = draw(st.sampled_from(("ragged", "alike", "full-and-ragged", "one-busy", "alternate")))
+    if pattern == "alike":
+        return (draw(edge),) * world_size
+    if pattern == "one-busy":
+        busy = draw(st.integers(0, world_size - 1))
+        rest = draw(st.sampled_from((0, 1)))
+        return tuple(capacity if r == busy else rest for r in range(world_size))
+    if pattern == "alternate":
+        count, parity = draw(edge), draw(st.integers(0, 1))
+        return tuple(count if r % 2 == parity else 0 for r in range(world_size))
+    counts = [draw(edge) for _ in range(world_size)]
+    if pattern == "full-and-ragged":
+        counts[draw(st.integers(0, world_size - 1))] = capacity
+    return tuple(counts)
+
+
+@st.composite
+def palettes(draw: st.DrawFn, site: Site, archetype: str) -> tuple[Row, ...]:
+    """A few distinct rows of an archetype for one source rank."""
+    seed = draw(st.integers(0, _MAX_SEED))
+    size = draw(st.integers(1, _PALETTE))
+    random = Random(seed)
+    return tuple(tuple(ARCHETYPES[archetype](random, site)) for _ in range(size))
+
+
+@st.composite
+def explicit_routing(draw: st.DrawFn, cell: Cell, counts: tuple[int, ...], archetype: str, parameter: int) -> Explicit:
+    """Rows spelt out: each rank walks through its own palette with a drawn stride."""
+    rows: list[tuple[Row, ...]] = []
+    for rank, count in enumerate(counts):
+        if count == 0:
+            rows.append(())
+            continue
+        site = Site(cell.experts, cell.top_k, cell.world_size, cell.nodes, rank, parameter)
+        palette = draw(palettes(site, archetype))
+        stride = draw(st.integers(0, len(palette) - 1))
+        rows.append(tuple(palette[token * stride % len(palette)] for token in range(count)))
+    return Explicit(tuple(rows))
+
+
+@st.composite
+def rounds(draw: st.DrawFn, cell: Cell, contract: Contract, *, delays: bool) -> Round:
+    """One round that the cell's contract allows."""
+    names = [a for a in ARCHETYPES if _applies(a, cell, contract)]
+    archetype = draw(st.sampled_from(names))
+    parameter = draw(st.integers(0, cell.experts - 1))
+    counts = draw(token_counts(cell.world_size, cell.capacity))
+    routing: Explicit | Recipe
+    if sum(counts) * cell.top_k > EXPLICIT_SLOTS:
+        routing = Recipe(archetype, counts, parameter, draw(st.integers(0, _MAX_SEED)))
+    else:
+        routing = draw(explicit_routing(cell, counts, archetype, parameter))
+    late = draw(st.integers(-cell.world_size, cell.world_size - 1)) if delays else -1
+    return Round(
+        routing=routing,
+        values=draw(st.sampled_from(_VALUES)),
+        seed=draw(st.integers(0, _MAX_SEED)),
+        delays_ms=tuple(2 if r == late else 0 for r in range(cell.world_size)) if late >= 0 else (),
+    )
+
+
+def _applies(archetype: str, cell: Cell, contract: Contract) -> bool:
+    if archetype == "masked":
+        return contract.masked_slots is MaskedSlots.DROPPED
+    if archetype == "one-node":
+        return cell.nodes > 1
+    return cell.world_size > 1 or archetype in ("uniform", "hot-expert", "duplicates")
+
+
+@st.composite
+def cases(draw: st.DrawFn, cell: Cell, contract: Contract) -> Case:
+    """A case of the cell: one round when drained, two to four when free-running."""
+    if cell.mode == "drained":
+        return Case(cell, (draw(rounds(cell, contract, delays=False)),))
+    length = draw(st.integers(2, 4))
+    return Case(cell, tuple(draw(rounds(cell, contract, delays=True)) for _ in range(length)))

@@ -1,0 +1,247 @@
+"""Judging of one round on one rank: dispatch bit for bit as a multiset, combine against its acceptance interval.
+
+Each check has a name; the first one that fails on a rank is its verdict, with the coordinates of one bad element. The
+fast path is a few whole-tensor comparisons; coordinates are worked out only after it failed. Not judged here: crashes
+and hangs (the driver's), and row order beyond what the contract promises.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from accelerated.contract import Contract, ReceiveLayout, RowOrder
+from conformance.engine.protocol import Mismatch
+from conformance.rank.inputs import Inputs, read_tags
+from reference.bounds import Acceptance
+
+
+@dataclass
+class ExpectedRows:
+    """Rows a rank must receive, ascending by (source rank, token); ``keys [R, 2]`` int64 on the host."""
+
+    keys: torch.Tensor
+    rows: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    everywhere: int  # rows an every-row-everywhere layout delivers
+
+
+@dataclass
+class Observed:
+    """What the backend delivered in one round, cloned on its stream."""
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    count: torch.Tensor
+    source_map: torch.Tensor | None
+    output: torch.Tensor
+    combined_weights: torch.Tensor | None
+    inputs: Inputs  # the tensors that were handed to the backend
+
+
+@dataclass
+class ExpectedResult:
+    """What combine must return: the acceptance interval ``[n, H]`` and the weights ``[n, k]``."""
+
+    output: Acceptance
+    weights: torch.Tensor
+    dtype: torch.dtype
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """True if two tensors have the same shape and the same bytes (so -0 is not 0 and a NaN is itself)."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
+def judge_dispatch(index: int, seen: Observed, want: ExpectedRows, contract: Contract) -> Mismatch | None:
+    """Compare received rows with the expected ones; None if they agree."""
+    count = int(seen.count.item())
+    every_row = contract.receive_layout is ReceiveLayout.EVERY_ROW
+    expected_count = want.everywhere if every_row else want.keys.shape[0]
+    if count != expected_count or count > seen.rows.shape[0]:
+        # The count alone says too little: name the rows as well where they can be read.
+        detail = _row_set_difference(seen, want, min(max(count, 0), seen.rows.shape[0]), index) if not every_row else ""
+        message = f"received {count} rows, expected {expected_count}" + (f"; {detail}" if detail else "")
+        return Mismatch("dispatch.count", index, message, got=str(count), wanted=str(expected_count))
+    rows, ids, weights = seen.rows[:count], seen.ids[:count], seen.weights[:count]
+    tags = read_tags(rows).cpu()
+    keys = tags[:, :2]
+    if every_row:
+        kept = _local_rows(keys, want)
+        rows, ids, weights, keys, tags = rows[kept], ids[kept], weights[kept], keys[kept], tags[kept]
+    width = 1 << 32
+    flat = keys[:, 0] * width + keys[:, 1]
+    order = torch.argsort(flat, stable=True)
+    stale = bool((tags[:, 2] != index % 256).any())
+    if stale or not torch.equal(keys[order], want.keys):
+        return Mismatch("dispatch.rows", index, _row_set_difference(seen, want, count, index))
+    on_device = order.to(rows.device)
+    for name, got, wanted in (
+        ("payload", rows[on_device], want.rows),
+        ("ids", ids[on_device], want.ids),
+        ("weights", weights[on_device], want.weights),
+    ):
+        if not same_bits(got, wanted):
+            return _unequal(f"dispatch.{name}", index, got, wanted, want.keys)
+    if seen.source_map is not None and not torch.equal(
+        seen.source_map.cpu(), read_tags(seen.rows[:count]).cpu()[:, :2]
+    ):
+        return _bad_source_map(index, seen, count)
+    return _bad_order(index, keys, flat, contract.row_order)
+
+
+def _local_rows(keys: torch.Tensor, want: ExpectedRows) -> torch.Tensor:
+    """Positions of the rows that carry a local expert, for a layout that delivers every row everywhere."""
+    width = 1 << 32
+    return torch.isin(keys[:, 0] * width + keys[:, 1], want.keys[:, 0] * width + want.keys[:, 1]).nonzero().flatten()
+
+
+def _row_set_difference(seen: Observed, want: ExpectedRows, count: int, index: int) -> str:
+    """Which rows are missing, doubled, foreign or stale; at most three of each."""
+    got = Counter(map(tuple, read_tags(seen.rows[:count]).tolist()))
+    wanted = {(rank, token, index % 256) for rank, token in want.keys.tolist()}
+    parts = []
+    missing = sorted(wanted - set(got))
+    doubled = sorted(tag for tag, times in got.items() if times > 1 and tag in wanted)
+    foreign = sorted(tag for tag in got if tag not in wanted)
+    stale = [tag for tag in foreign if tag[0] >= 0 and tag[2] != index % 256]
+    unreadable = got.get((-1, -1, -1), 0)
+    if missing:
+        parts.append("missing " + _name_rows(missing))
+    if doubled:
+        parts.append("more than once " + _name_rows(doubled))
+    if stale:
+        parts.append("from another round " + _name_rows(stale))
+    if others := [tag for tag in foreign if tag[0] >= 0 and tag not in stale]:
+        parts.append("not expected here " + _name_rows(others))
+    if unreadable:
+        parts.append(f"{unreadable} rows without a readable tag")
+    return "; ".join(parts)
+
+
+def _name_rows(tags: Sequence[tuple[int, ...]]) -> str:
+    names = ", ".join(f"(rank {r}, token {t}, round {n})" for r, t, n in tags[:3])
+    return names + (f" and {len(tags) - 3} more" if len(tags) > 3 else "")
+
+
+def _unequal(check: str, index: int, got: torch.Tensor, wanted: torch.Tensor, keys: torch.Tensor) -> Mismatch:
+    """First element whose bits differ, with its coordinates."""
+    width = got.element_size()
+    differs = (
+        (got.contiguous().view(torch.uint8) != wanted.contiguous().view(torch.uint8))
+        .reshape(got.shape[0], -1, width)
+        .any(2)
+    )
+    row, element = differs.nonzero()[0].tolist()
+    rank, token = keys[row].tolist()
+    return Mismatch(
+        check,
+        index,
+        f"{int(differs.sum())} of {differs.numel()} elements differ",
+        source_rank=rank,
+        token=token,
+        element=element,
+        got=str(got[row, element].item()),
+        wanted=str(wanted[row, element].item()),
+        bound="0 (bit for bit)",
+    )
+
+
+def _bad_source_map(index: int, seen: Observed, count: int) -> Mismatch:
+    assert seen.source_map is not None
+    tags, reported = read_tags(seen.rows[:count]).cpu()[:, :2], seen.source_map.cpu()
+    if tags.shape != reported.shape:
+        message = f"the backend's source map has {reported.shape[0]} entries for {count} rows"
+        return Mismatch("dispatch.source_map", index, message)
+    row = int((tags != reported).any(1).nonzero()[0])
+    message = f"row {row} carries the tag {tuple(tags[row].tolist())} but the backend's source map says otherwise"
+    return Mismatch(
+        "dispatch.source_map", index, message, got=str(reported[row].tolist()), wanted=str(tags[row].tolist())
+    )
+
+
+def _bad_order(index: int, keys: torch.Tensor, flat: torch.Tensor, promised: RowOrder) -> Mismatch | None:
+    if promised is RowOrder.ANY or keys.shape[0] < 2:
+        return None
+    sequence = keys[:, 0] if promised is RowOrder.GROUPED_BY_SOURCE_RANK else flat
+    falls = (sequence[1:] < sequence[:-1]).nonzero()
+    if not falls.numel():
+        return None
+    row = int(falls[0]) + 1
+    return Mismatch("dispatch.order", index, f"row {row} breaks the promised order: {promised.value}")
+
+
+def judge_combine(
+    index: int, seen: Observed, want: ExpectedResult, contract: Contract
+) -> tuple[Mismatch | None, float]:
+    """Compare the combined rows with their interval; the largest error/bound comes with it."""
+    expected = want.output
+    if seen.output.shape != expected.value.shape or seen.output.dtype != want.dtype:
+        message = f"combine returned {list(seen.output.shape)} {seen.output.dtype}"
+        wanted = f"{list(expected.value.shape)} {want.dtype}"
+        return Mismatch("combine.output", index, message, got=message, wanted=wanted), float("inf")
+    worst = 0.0
+    if expected.value.numel():
+        ratio = expected.error_over_bound(seen.output)
+        worst = float(ratio.max())
+        if not worst <= 1.0:
+            return _bad_output(index, seen, expected, ratio), worst
+    if not contract.combines_weights:
+        return None, worst
+    if seen.combined_weights is None:
+        return Mismatch("combine.weights", index, "the contract promises combined weights, none came back"), worst
+    if not torch.equal(seen.combined_weights, want.weights):
+        return _unequal_weights(index, seen.combined_weights, want.weights), worst
+    return None, worst
+
+
+def _bad_output(index: int, seen: Observed, expected: Acceptance, ratio: torch.Tensor) -> Mismatch:
+    position = int(ratio.argmax())
+    token, element = divmod(position, ratio.shape[1])
+    low, high = float(expected.lower[token, element]), float(expected.upper[token, element])
+    bad_tokens = (ratio > 1).any(1).nonzero().flatten()
+    return Mismatch(
+        "combine.output",
+        index,
+        f"{int((ratio > 1).sum())} elements of {bad_tokens.numel()} tokens are outside their interval "
+        f"(first token {int(bad_tokens[0])})",
+        token=token,
+        element=element,
+        got=str(float(seen.output[token, element])),
+        wanted=str(float(expected.value[token, element])),
+        bound=f"[{low}, {high}]",
+        routed=str(seen.inputs.ids[token].tolist()),
+    )
+
+
+def _unequal_weights(index: int, got: torch.Tensor, wanted: torch.Tensor) -> Mismatch:
+    if got.shape != wanted.shape:
+        return Mismatch(
+            "combine.weights", index, f"combined weights have shape {list(got.shape)}", wanted=str(list(wanted.shape))
+        )
+    token, slot = (got != wanted).nonzero()[0].tolist()
+    return Mismatch(
+        "combine.weights",
+        index,
+        f"{int((got != wanted).sum())} of {got.numel()} combined weights differ",
+        token=token,
+        slot=slot,
+        got=str(float(got[token, slot])),
+        wanted=str(float(wanted[token, slot])),
+        bound="0 (exact in float32)",
+    )
+
+
+def judge_inputs(index: int, handed: Inputs, pristine: Inputs) -> Mismatch | None:
+    """Prove that the backend left its inputs alone."""
+    for name in ("rows", "ids", "weights"):
+        if not same_bits(getattr(handed, name), getattr(pristine, name)):
+            return Mismatch("inputs.modified", index, f"the backend changed its input {name}")
+    return None

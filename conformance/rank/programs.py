@@ -1,0 +1,184 @@
+"""The dispatch-experts-combine program, drained and free-running.
+
+Everything the backend must not wait for is done first: inputs and expected results of every round. *Drained* then
+synchronises after each call and reads counts and source maps; *free-running* runs every round without host sync,
+without a collective of ours and without ``.item()``, cloning outputs on the same stream, because those would act as
+barriers and hide the races users hit. Judging starts after the last round. What a drained pass does not prove: that
+back-to-back rounds are safe; that is what free-running is for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from accelerated.contract import Accumulation, Contract
+from accelerated.interface import Operation, RankContext, Received
+from conformance.cases import Case, Rows, expand
+from conformance.engine.protocol import Mismatch
+from conformance.rank.experts import LocalExperts, dense_expert
+from conformance.rank.inputs import DTYPES, INTEGER_GRID, Inputs, round_inputs
+from conformance.rank.judge import (
+    ExpectedResult,
+    ExpectedRows,
+    Observed,
+    judge_combine,
+    judge_dispatch,
+    judge_inputs,
+)
+from reference import dispatch_combine, oracle
+from reference.bounds import Acceptance, combine_acceptance
+from reference.placement import global_to_physical
+
+Expectation = tuple[ExpectedRows, ExpectedResult]
+SetPhase = Callable[[str, int], None]
+
+
+def wire_routing(case: Case, index: int) -> Rows:
+    """Expert ids as dispatched: under round-robin placement they are physical positions (vLLM 0.33.0)."""
+    rows = expand(case.cell, case.rounds[index].routing)
+    if case.cell.placement == "linear":
+        return rows
+    table = global_to_physical(case.cell.experts, case.cell.world_size)
+    return tuple(tuple(tuple(table[e] if e >= 0 else e for e in row) for row in rank) for rank in rows)
+
+
+class Program:
+    """One cell's operator, contract and experts, ready to run cases."""
+
+    def __init__(
+        self, context: RankContext, operation: Operation, contract: Contract, judged_by: str, experts: LocalExperts
+    ) -> None:
+        self._context = context
+        self._operation = operation
+        self._contract = contract
+        self._judged_by = judged_by
+        self._experts = experts
+
+    def run(self, case: Case, phase: SetPhase) -> tuple[Mismatch | None, float]:
+        """Run and judge a case; the first failed check of this rank and the largest error/bound."""
+        phase("inputs", 0)
+        routings = [wire_routing(case, i) for i in range(len(case.rounds))]
+        context = self._context
+        inputs = [round_inputs(case, i, context.rank, r, context.device) for i, r in enumerate(routings)]
+        handed = [one.clone() for one in inputs]
+        phase("expected", 0)
+        expected = [self._expect(case, i, routing, inputs[i]) for i, routing in enumerate(routings)]
+        seen = [self._round(case, i, one, phase) for i, one in enumerate(handed)]
+        phase("judge", 0)
+        return self._judge(inputs, seen, expected)
+
+    # ------------------------------------------------------------------ expected results
+    def _expect(self, case: Case, index: int, routing: Rows, inputs: Inputs) -> Expectation:
+        if self._judged_by == "oracle" or case.cell.check == "placement":
+            return self._expect_from_oracle(case, index, routing, inputs)
+        cell, contract = case.cell, self._contract
+        sent = dispatch_combine.dispatch(
+            inputs.rows,
+            inputs.ids,
+            inputs.weights,
+            experts_per_rank=cell.experts // cell.world_size,
+            group=self._context.group,
+        )
+        nodes = cell.nodes if contract.node_levels else 1
+        outputs = self._experts(sent.rows, sent.ids, sent.weights)
+        back = dispatch_combine.combine(
+            outputs, sent, sent.weights, fold=contract.fold, nodes=nodes, group=self._context.group
+        )
+        acceptance = combine_acceptance(
+            back.terms,
+            back.destinations,
+            outputs.dtype,
+            nodes=nodes,
+            element_accumulation=contract.accumulation is Accumulation.ELEMENT,
+            grid=INTEGER_GRID if case.rounds[index].values == "integers" else None,
+        )
+        keys = torch.stack([sent.source_rank, sent.source_token], dim=1).cpu()
+        rows = ExpectedRows(keys, sent.rows, sent.ids, sent.weights, sum(map(len, routing)))
+        assert back.weights is not None
+        return rows, ExpectedResult(acceptance, back.weights, outputs.dtype)
+
+    def _expect_from_oracle(self, case: Case, index: int, routing: Rows, inputs: Inputs) -> Expectation:
+        cell, rank, device = case.cell, self._context.rank, self._context.device
+        per_rank, world_size = cell.experts // cell.world_size, cell.world_size
+        keys = oracle.received_set(routing, rank, per_rank, world_size)
+        sources = {s: round_inputs(case, index, s, routing, device) for s in {source for source, _ in keys}}
+        picked = [(sources[s].rows[t], sources[s].ids[t], sources[s].weights[t]) for s, t in keys]
+        columns = (
+            [torch.stack(c) for c in zip(*picked, strict=True)] if picked else [t[:0] for t in vars(inputs).values()]
+        )
+        where = torch.tensor(keys, dtype=torch.int64).reshape(-1, 2)
+        want = ExpectedRows(where, columns[0], columns[1], columns[2], sum(map(len, routing)))
+        # Under round-robin placement position p of the rank-major list of owned experts is physical id p.
+        owned = [g for r in range(world_size) for g in range(r, cell.experts, world_size)]
+        name = (lambda e: owned[e]) if cell.placement == "round_robin" else (lambda e: e)
+        answer = oracle.layer_output(
+            inputs.rows,
+            routing[rank],
+            inputs.weights,
+            lambda e, x: dense_expert(name(e), x),
+            experts_per_rank=per_rank,
+            world_size=world_size,
+            dtype=DTYPES[cell.dtype],
+            nodes=cell.nodes if self._contract.node_levels else 1,
+            exact=case.rounds[index].values == "integers",
+            every_addition_rounds=self._contract.accumulation is Accumulation.ELEMENT,
+        )
+        acceptance = Acceptance(answer.value.to(device), answer.lower.to(device), answer.upper.to(device))
+        return want, ExpectedResult(acceptance, answer.weights.float().to(device), DTYPES[cell.dtype])
+
+    # ------------------------------------------------------------------ the backend
+    def _round(self, case: Case, index: int, inputs: Inputs, phase: SetPhase) -> Observed:
+        delays = case.rounds[index].delays_ms
+        if delays and delays[self._context.rank]:
+            time.sleep(delays[self._context.rank] / 1000)
+        drained = case.cell.mode == "drained"
+        phase("prepare", index)
+        received = self._operation.prepare(inputs.rows, inputs.ids, inputs.weights)
+        source_map = None
+        if drained:
+            self._synchronise()
+            if received.source_map is not None:
+                phase("source map", index)
+                source_map = received.source_map()
+        phase("experts", index)
+        kept = (received.rows.clone(), received.ids.clone(), received.weights.clone(), received.count.clone())
+        outputs = self._poisoned_outputs(received, drained)
+        phase("finalize", index)
+        combined = self._operation.finalize(outputs, received)
+        if drained:
+            self._synchronise()
+        weights = None if combined.weights is None else combined.weights.clone()
+        return Observed(*kept, source_map, combined.output.clone(), weights, inputs)
+
+    def _poisoned_outputs(self, received: Received, drained: bool) -> torch.Tensor:
+        """Expert rows for the valid prefix, NaN beyond it, in a buffer as long as the received one."""
+        rows, ids, weights = received.rows, received.ids, received.weights
+        if drained:
+            count = min(max(int(received.count.item()), 0), rows.shape[0])
+            outputs = torch.full_like(rows, torch.nan)
+            outputs[:count] = self._experts(rows[:count], ids[:count], weights[:count])
+            return outputs
+        valid = torch.arange(rows.shape[0], device=rows.device) < received.count
+        return torch.where(valid.unsqueeze(1), self._experts(rows, ids, weights), torch.nan)
+
+    def _synchronise(self) -> None:
+        if self._context.device.type == "cuda":
+            torch.cuda.synchronize(self._context.device)
+
+    # ------------------------------------------------------------------ judging
+    def _judge(
+        self, inputs: list[Inputs], seen: list[Observed], expected: list[Expectation]
+    ) -> tuple[Mismatch | None, float]:
+        worst = 0.0
+        for index, (one, (rows, result)) in enumerate(zip(seen, expected, strict=True)):
+            mismatch = judge_dispatch(index, one, rows, self._contract)
+            if mismatch is None:
+                mismatch, ratio = judge_combine(index, one, result, self._contract)
+                worst = max(worst, ratio)
+            mismatch = mismatch or judge_inputs(index, one.inputs, inputs[index])
+            if mismatch is not None:
+                return mismatch, worst
+        return None, worst

@@ -1,0 +1,144 @@
+"""A rank's process group, backend session and current operator.
+
+Order of life: process group, backend session (library initialisation), operators one after another, then the reverse.
+Exceptions that come out of backend code are wrapped in :class:`BackendError`, so that a failing product and a failing
+harness are never confused.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from accelerated.interface import Operation, RankContext, Received
+from accelerated.registry import backend
+from conformance.cases import Case, Cell
+from conformance.engine.protocol import Mismatch
+from conformance.rank.experts import LocalExperts
+from conformance.rank.main import RankSetup
+from conformance.rank.programs import Program
+
+
+class BackendError(Exception):
+    """The backend raised; its own exception is the cause."""
+
+
+class HarnessError(Exception):
+    """Something of ours is inconsistent."""
+
+
+@contextmanager
+def _backend_code() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise BackendError(str(error)) from error
+
+
+class _Guarded:
+    """An operation whose exceptions are marked as the backend's."""
+
+    def __init__(self, operation: Operation) -> None:
+        self._operation = operation
+
+    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+        with _backend_code():
+            received = self._operation.prepare(rows, ids, weights)
+        if received.source_map is not None:
+            inner = received.source_map
+
+            def guarded() -> torch.Tensor:
+                with _backend_code():
+                    return inner()
+
+            received.source_map = guarded
+        return received
+
+    def finalize(self, expert_rows: torch.Tensor, received: Received):  # type: ignore[no-untyped-def]
+        with _backend_code():
+            return self._operation.finalize(expert_rows, received)
+
+    def close(self) -> None:
+        with _backend_code():
+            self._operation.close()
+
+
+class RankSession:
+    """Everything a rank keeps between commands."""
+
+    def __init__(self, setup: RankSetup, phase: Callable[[str, int], None]) -> None:
+        self._setup, self._phase = setup, phase
+        # Eight ranks on two cores: one thread each, or they thrash.
+        torch.set_num_threads(1)
+        cuda = setup.device == "cuda"
+        device = torch.device("cuda", setup.rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        phase("process group", 0)
+        store = dist.FileStore(  # type: ignore[attr-defined]
+            str(Path(setup.directory) / "store"), setup.world_size
+        )
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=setup.rank,
+            world_size=setup.world_size,
+            timeout=datetime.timedelta(hours=1),  # the driver's limits are the ones that count
+        )
+        group = dist.group.WORLD
+        assert group is not None
+        self._context = RankContext(setup.rank, setup.world_size, device, group, setup.arch)
+        phase("open backend", 0)
+        self._backend = backend(setup.backend, arch=setup.arch)
+        self._session = self._backend.open(self._context)
+        self._operation: _Guarded | None = None
+        self._program: Program | None = None
+
+    def build(self, cell: Cell) -> None:
+        """Replace the operator. Collective, in the same order on every rank."""
+        self._drop_operation()
+        self._phase("build", 0)
+        problem = cell.problem()
+        contract = self._backend.contract(problem, cell.kernel_type)
+        with _backend_code():
+            self._operation = _Guarded(self._session.build(problem, cell.kernel_type))
+        experts = LocalExperts(cell, self._context.rank, self._context.device)
+        self._program = Program(self._context, self._operation, contract, self._backend.judged_by, experts)
+
+    def run(self, case: Case) -> tuple[Mismatch | None, float]:
+        """Run a case on the current operator."""
+        if self._program is None:
+            raise HarnessError("a case was sent before an operator was built")
+        return self._program.run(case, self._phase)
+
+    def canary(self, token: int) -> None:
+        """All ranks exchange a number over the process group; a wrong one is an infrastructure failure."""
+        self._phase("canary", 0)
+        mine = torch.tensor([token * 1000 + self._context.rank], device=self._context.device)
+        everyone = [torch.zeros_like(mine) for _ in range(self._context.world_size)]
+        dist.all_gather(everyone, mine, group=self._context.group)
+        got = [int(value) for value in everyone]
+        if got != [token * 1000 + rank for rank in range(self._context.world_size)]:
+            raise HarnessError(f"the canary exchange returned {got} on rank {self._context.rank}")
+
+    def close(self) -> None:
+        """Operators, then the library, then the process group."""
+        self._drop_operation()
+        self._phase("close", 0)
+        self._session.close()
+        dist.destroy_process_group()
+
+    def _drop_operation(self) -> None:
+        if self._operation is not None:
+            self._phase("drop operator", 0)
+            self._operation.close()
+        self._operation = self._program = None
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")

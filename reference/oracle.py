@@ -1,0 +1,123 @@
+"""The oracle: one MoE layer's dispatch and combine derived a second time, densely, in one process, in float64.
+
+It judges the reference, so it shares no code with the distributed path: destinations come from plain Python sets, the
+wire is modelled as "each destination rank rounds its partial sum once", and rounding is done by scaling, not on bits.
+What agreeing with the oracle does not prove: anything about communication; there is none here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_SIGNIFICAND_BITS = {torch.float32: 24, torch.bfloat16: 8}
+_MIN_EXPONENT = -126
+
+
+@dataclass
+class Expected:
+    """What one source rank must get back: any result in ``[lower, upper]``, float64 ``[n, H]``."""
+
+    value: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+    weights: torch.Tensor  # [n, k] float64: the token's weight row times its number of destination ranks
+
+
+def destinations_of(row: Sequence[int], experts_per_rank: int, world_size: int) -> list[int]:
+    """Distinct owner ranks of one token's expert ids, ascending; ids outside ``[0, E)`` name no expert."""
+    return sorted({e // experts_per_rank for e in row if 0 <= e < experts_per_rank * world_size})
+
+
+def received_set(
+    routing: Sequence[Sequence[Sequence[int]]], rank: int, experts_per_rank: int, world_size: int
+) -> list[tuple[int, int]]:
+    """(source rank, token) of every row that ``rank`` must receive, ascending; ``routing[source][token][slot]``."""
+    return [
+        (source, token)
+        for source, rows in enumerate(routing)
+        for token, row in enumerate(rows)
+        if rank in destinations_of(row, experts_per_rank, world_size)
+    ]
+
+
+def round_half_even(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round float64 to the nearest value of ``dtype`` (bfloat16, float32), ties to even; float64."""
+    _, exponent = torch.frexp(value)
+    # value = m * 2**exponent with 0.5 <= |m| < 1, so the last kept bit weighs 2**(exponent - bits).
+    quantum = torch.ldexp(
+        torch.ones_like(value), torch.clamp(exponent, min=_MIN_EXPONENT + 1) - _SIGNIFICAND_BITS[dtype]
+    )
+    return torch.round(value / quantum) * quantum
+
+
+def layer_output(
+    rows: torch.Tensor,
+    routing: Sequence[Sequence[int]],
+    weights: torch.Tensor,
+    expert: Callable[[int, torch.Tensor], torch.Tensor],
+    *,
+    experts_per_rank: int,
+    world_size: int,
+    dtype: torch.dtype,
+    nodes: int = 1,
+    exact: bool = False,
+    every_addition_rounds: bool = False,
+) -> Expected:
+    """Output of the layer for the tokens of one source rank.
+
+    Args:
+        rows: ``[n, H]`` activations.
+        routing: ``routing[token][slot]`` global expert ids.
+        weights: ``[n, k]``.
+        expert: ``(id, float64 [H]) -> float64 [H]``.
+        experts_per_rank: experts that each rank owns.
+        world_size: W.
+        dtype: element type of the partial sums on the wire and of the result.
+        nodes: rounding levels, as in the contract.
+        exact: True if every float32 intermediate is exact for this data, so that only stores round.
+        every_addition_rounds: True if the sum over ranks rounds to ``dtype`` after each addition, in any order.
+
+    Returns:
+        Expected values; without ``exact``, float32 arithmetic is allowed ``8 k`` roundings of the sum of magnitudes.
+    """
+    value, lower, upper = (torch.zeros(rows.shape, dtype=torch.float64) for _ in range(3))
+    weight_sum = torch.zeros(weights.shape, dtype=torch.float64)
+    per_node = world_size // nodes
+    for token, row in enumerate(routing):
+        x = rows[token].double().cpu()
+        reached = destinations_of(row, experts_per_rank, world_size)
+        weight_sum[token] = len(reached) * weights[token].double().cpu()
+        levels = [torch.zeros(3, nodes, rows.shape[1], dtype=torch.float64), torch.zeros(nodes, rows.shape[1])]
+        for rank in reached:
+            local = [
+                (e, float(w))
+                for e, w in zip(row, weights[token].tolist(), strict=True)
+                if e // experts_per_rank == rank
+            ]
+            outputs = torch.stack([w * expert(e, x) for e, w in local])
+            slack = torch.zeros_like(x) if exact else 8 * len(row) * 2.0**-24 * (outputs.abs().sum(0) + 1)
+            partial = outputs.sum(0)
+            for bound, shift in enumerate((0.0, -1.0, 1.0)):
+                levels[0][bound, rank // per_node] += round_half_even(partial + shift * slack, dtype)
+            levels[1][rank // per_node] += partial.abs()
+        value[token], lower[token], upper[token] = _store_levels(levels[0], levels[1], nodes, dtype, exact, world_size * every_addition_rounds)
+    return Expected(value, lower, upper, weight_sum)
+
+
+def _store_levels(
+    sums: torch.Tensor, magnitude: torch.Tensor, nodes: int, dtype: torch.dtype, exact: bool, roundings: int
+) -> tuple[torch.Tensor, ...]:
+    """Round ``sums [3, N, H]`` (value, lower, upper) per node if there are several, then their sum."""
+    shift = torch.tensor([0.0, -1.0, 1.0], dtype=torch.float64).reshape(3, 1, 1)
+    slack = torch.zeros_like(magnitude) if exact else 64 * 2.0**-24 * magnitude
+    sums = sums + shift * slack
+    if nodes > 1:
+        sums = round_half_even(sums, dtype)
+    total = sums.sum(1) + shift[:, 0] * slack.sum(0)
+    # Each of the additions may lose half a unit of a partial sum, which sum|partial| bounds; 2 covers second order.
+    loss = 2 * roundings * 2.0 ** -_SIGNIFICAND_BITS[dtype] * magnitude.sum(0) if roundings else 0.0
+    total = round_half_even(total, dtype) + shift[:, 0] * loss
+    return tuple(total)
