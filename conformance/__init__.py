@@ -2,3 +2,6 @@
 
 The driver half (everything but :mod:`conformance.rank`) never imports torch and never opens a GPU.
 """
+
+#: Part of every gate seed: a new version may draw new cases.
+__version__ = "0.1.0"

@@ -115,7 +115,7 @@ def combine_acceptance(
         slack = _float32_slack(destinations.sum(1, keepdim=True), magnitude, grid)
         return Acceptance(_nearest(total, dtype), *_store(total - slack, total + slack, dtype))
     by_node = exact.reshape(nodes, world_size // nodes, n, hidden)
-    count = destinations.reshape(n, nodes, -1).sum(2).t().unsqueeze(2)
+    count = destinations.reshape(n, nodes, world_size // nodes).sum(2).t().unsqueeze(2)
     total, magnitude = by_node.sum(1), by_node.abs().sum(1)
     slack = _float32_slack(count, magnitude, grid)
     lower, upper = _store(total - slack, total + slack, dtype)

@@ -97,7 +97,9 @@ def _exchange(packed: torch.Tensor, send: list[int], receive: list[int], group: 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """``[n, c]`` of any element type as ``[n, B]`` uint8."""
-    return tensor.contiguous().view(torch.uint8)
+    rows = tensor.contiguous()
+    # A column of one element may count as contiguous with stride 0, which view() refuses.
+    return rows.as_strided(rows.shape, (rows.shape[1], 1)).view(torch.uint8)
 
 
 class _Unpacker:

@@ -110,7 +110,7 @@ def _narrower(case: Case) -> Iterator[Case]:
         return
     per_rank = cell.experts // cell.world_size
     for nodes in sorted({cell.nodes, 1} if cell.nodes <= half else {1}, reverse=True):
-        narrow = msgspec.structs.replace(cell, world_size=half, nodes=nodes, experts=half * per_rank)
+        narrow = msgspec.structs.replace(cell, world_size=half, nodes=nodes, experts=half * per_rank, model="")
         if narrow.top_k > narrow.experts:
             return
         for keep in (

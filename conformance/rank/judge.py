@@ -57,7 +57,14 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """True if two tensors have the same shape and the same bytes (so -0 is not 0 and a NaN is itself)."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+    return torch.equal(_raw(left), _raw(right))
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of ``tensor [n, c]``, one row per row."""
+    rows = tensor.contiguous()
+    # A column of one element may count as contiguous with stride 0, which view() refuses.
+    return rows.as_strided(rows.shape, (rows.shape[1], 1)).view(torch.uint8)
 
 
 def judge_dispatch(index: int, seen: Observed, want: ExpectedRows, contract: Contract) -> Mismatch | None:
@@ -134,11 +141,7 @@ def _name_rows(tags: Sequence[tuple[int, ...]]) -> str:
 def _unequal(check: str, index: int, got: torch.Tensor, wanted: torch.Tensor, keys: torch.Tensor) -> Mismatch:
     """First element whose bits differ, with its coordinates."""
     width = got.element_size()
-    differs = (
-        (got.contiguous().view(torch.uint8) != wanted.contiguous().view(torch.uint8))
-        .reshape(got.shape[0], -1, width)
-        .any(2)
-    )
+    differs = (_raw(got) != _raw(wanted)).reshape(*got.shape, width).any(2)
     row, element = differs.nonzero()[0].tolist()
     rank, token = keys[row].tolist()
     return Mismatch(

@@ -28,21 +28,12 @@ from conformance.rank.judge import (
     judge_dispatch,
     judge_inputs,
 )
+from conformance.rank.routing import wire_rows
 from reference import dispatch_combine, oracle
 from reference.bounds import Acceptance, combine_acceptance
-from reference.placement import global_to_physical
 
 Expectation = tuple[ExpectedRows, ExpectedResult]
 SetPhase = Callable[[str, int], None]
-
-
-def wire_routing(case: Case, index: int) -> Rows:
-    """Expert ids as dispatched: under round-robin placement they are physical positions (vLLM 0.33.0)."""
-    rows = expand(case.cell, case.rounds[index].routing)
-    if case.cell.placement == "linear":
-        return rows
-    table = global_to_physical(case.cell.experts, case.cell.world_size)
-    return tuple(tuple(tuple(table[e] if e >= 0 else e for e in row) for row in rank) for rank in rows)
 
 
 class Program:
@@ -60,7 +51,7 @@ class Program:
     def run(self, case: Case, phase: SetPhase) -> tuple[Mismatch | None, float]:
         """Run and judge a case; the first failed check of this rank and the largest error/bound."""
         phase("inputs", 0)
-        routings = [wire_routing(case, i) for i in range(len(case.rounds))]
+        routings = [wire_rows(case.cell, expand(case.cell, r.routing)) for r in case.rounds]
         context = self._context
         inputs = [round_inputs(case, i, context.rank, r, context.device) for i, r in enumerate(routings)]
         handed = [one.clone() for one in inputs]

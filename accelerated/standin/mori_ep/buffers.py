@@ -31,7 +31,7 @@ def raw(tensor: torch.Tensor, dtype: torch.dtype, rows: int, columns: int) -> to
     What lies past the end of the storage reads as poison.
     """
     if tensor.dtype == dtype and tensor.is_contiguous() and tensor.numel() == rows * columns:
-        return tensor.view(rows, columns)
+        return tensor.view(-1).view(rows, columns)  # strides of dimensions of size 0 and 1 are arbitrary
     count = rows * columns
     size = dtype.itemsize
     start = tensor.storage_offset() * tensor.element_size()

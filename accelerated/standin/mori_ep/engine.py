@@ -5,7 +5,7 @@ Scope: what arrives where, and the arithmetic of the sums. It proves nothing abo
 Hooks, in the order in which they run (override in a subclass of the operator):
     ``_owners(ids)``: rank of every slot, W for a dropped one.
     ``_destinations(ids, owners)``: ``[n, W + 1]`` bool, token goes to rank; the last column is False.
-    ``_pack_rows(rows, weights, scales, ids)``: bytes to send, ``[n, words]`` int64.
+    ``_pack_rows(wire, call, ids)``: bytes to send, ``[n, words]`` int64.
     ``_place(arrival)``: output row of every arrived row, ``[Q]`` int64, R for none.
     ``_deliver_rows(arrival, slots)``: writes received rows into the outputs.
     ``_total(total)``: updates the counter of received rows.
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from accelerated.standin.mori_ep.buffers import Buffers, Sections, as_words, raw, row_layout
+from accelerated.standin.mori_ep.buffers import Buffers, as_words, raw, row_layout
 from accelerated.standin.mori_ep.config import EpDispatchCombineConfig
 from accelerated.standin.mori_ep.fatal import die, die_if
 from accelerated.standin.mori_ep.routing import Routing, Rules
@@ -116,7 +116,7 @@ class Engine:
         given = (call.weights is not None, call.scales is not None)
         arrival, plan = wire.exchange(packed, mask, given, self._transport)
         slots = self._place(arrival)
-        self._deliver_rows(wire, arrival, slots)
+        self._deliver_rows(arrival, slots)
         self._total(arrival.total)
         lookup = self._lookup(ids, owners, plan).t().reshape(-1)
         self._round = Round(n, owners, lookup, slots, plan)
@@ -157,19 +157,17 @@ class Engine:
         return wire.pack[:n]
 
     def _place(self, arrival: Arrival) -> torch.Tensor:
-        count = arrival.origin.size(0)
-        key = torch.rand(count, generator=self._random, device=self._device)
+        key = torch.rand(arrival.number.size(0), generator=self._random, device=self._device)
         if self._rules.asynchronous:
             key = key + arrival.origin
         if arrival.valid is not None:
             key = torch.where(arrival.valid, key, math.inf)
-        rank = torch.arange(count, device=self._device)
         limit = arrival.total.clamp(max=self._buffers.capacity)
-        slots = torch.where(rank < limit, rank, self._buffers.capacity)
+        slots = torch.where(arrival.number < limit, arrival.number, self._buffers.capacity)
         return torch.empty_like(slots).scatter_(0, key.argsort(), slots)
 
-    def _deliver_rows(self, wire: DispatchWire, arrival: Arrival, slots: torch.Tensor) -> None:
-        buffers, layout, k = self._buffers, wire.layout, self._k
+    def _deliver_rows(self, arrival: Arrival, slots: torch.Tensor) -> None:
+        buffers, rows = self._buffers, arrival.sections
         if buffers.capacity < self._routing.nowhere * self._tokens and self._rules.name not in (
             "IntraNode",
             "InterNode",
@@ -178,7 +176,6 @@ class Engine:
                 arrival.total > buffers.capacity,
                 "device assertion: more rows than max_total_recv_tokens leaves room for",
             )
-        rows = Sections(arrival.rows, layout, k, self._scale_bytes)
         self._routing.refuse_received(rows.ids, arrival.valid)
         out = Buffers.view(buffers.out, buffers.capacity + 1, rows.payload.size(1), rows.payload.dtype)
         # IntraNodeLL gives warp 0 the routing, warp 1 the scales and later warps the payload.

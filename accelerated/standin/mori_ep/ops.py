@@ -24,6 +24,7 @@ from accelerated.standin.mori_ep.config import (
     recv_capacity_per_rank,
 )
 from accelerated.standin.mori_ep.engine import CombineCall, DispatchCall, Engine
+from accelerated.standin.mori_ep.environment import AUTO_GEOMETRY, DTYPE_SUFFIX, communicator, device_of
 from accelerated.standin.mori_ep.expert_count import count_local_experts, launch_local_expert_count
 from accelerated.standin.mori_ep.fatal import die
 from accelerated.standin.mori_ep.jit_config import detect_gpu_arch, is_gfx125x
@@ -39,26 +40,7 @@ __all__ = [
     "launch_local_expert_count",
 ]
 
-#: Element types with compiled kernels; any other is a KeyError before the launch.
-_DTYPE_SUFFIX = {
-    getattr(torch, name): suffix
-    for name, suffix in (
-        ("float32", "f32"),
-        ("bfloat16", "bf16"),
-        ("float8_e4m3fn", "fp8_ocp"),
-        ("float8_e4m3fnuz", "fp8_fnuz"),
-        ("float4_e2m1fn_x2", "fp4"),
-    )
-    if hasattr(torch, name)
-}
-
-_AUTO_GEOMETRY = {"InterNodeV1": (96, 64, 8), "InterNodeV1LL": (256, 128, 8)}
 _Outputs = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", torch.Tensor, torch.Tensor]
-
-
-def _communicator() -> str:
-    forced = os.environ.get("MORI_EP_COMM", "").strip().lower()
-    return forced or ("cco" if is_gfx125x() else "shmem")
 
 
 class EpDispatchCombineOp(StandardMoeNotBuilt, Engine):
@@ -92,7 +74,7 @@ class EpDispatchCombineOp(StandardMoeNotBuilt, Engine):
         self._fp8_blockwise_combine_scale_dim = 0
         self._check_quantisation()
         self._check_staging()
-        device = _device_of(group)
+        device = device_of(group)
         self._start(config, rules, group, device)
         self.local_expert_count = torch.zeros(config.num_experts_per_rank, dtype=torch.int32, device=device)
         self._read_launch_mode()
@@ -105,7 +87,7 @@ class EpDispatchCombineOp(StandardMoeNotBuilt, Engine):
     # ---- construction ---------------------------------------------------------------------------------------------
 
     def _communicator_group(self, rules: Rules) -> dist.ProcessGroup | None:
-        if _communicator() == "cco":
+        if communicator() == "cco":
             if not dist.is_initialized():
                 raise RuntimeError("the cco communicator requires an initialised torch.distributed group")
             group = dist.group.WORLD
@@ -143,7 +125,7 @@ class EpDispatchCombineOp(StandardMoeNotBuilt, Engine):
             raise ValueError(f"MORI_EP_LAUNCH_CONFIG_MODE must be MANUAL or AUTO, got {self.launch_config_mode!r}")
         auto: tuple[int | None, int | None, int | None] = (None, None, None)
         if self.launch_config_mode == "AUTO":  # the double has no tuning tables: always the fixed fallback
-            auto = _AUTO_GEOMETRY.get(self._rules.name, (128, 0, 16))
+            auto = AUTO_GEOMETRY.get(self._rules.name, (128, 0, 16))
         self.auto_block_num, self.auto_rdma_block_num, self.auto_warp_per_block = auto
 
     def _launch_geometry(self, blocks: int, rdma_blocks: int, warps: int, dispatch: bool) -> tuple[int, int, int]:
@@ -198,7 +180,7 @@ class EpDispatchCombineOp(StandardMoeNotBuilt, Engine):
         geometry = self._launch_geometry(block_num, rdma_block_num, warp_per_block, dispatch=True)
         self._cached_dispatch_launch = geometry
         self._dispatch_dtype = input.dtype
-        _ = _DTYPE_SUFFIX[input.dtype]
+        _ = DTYPE_SUFFIX[input.dtype]
         self._check_hidden(hidden)
         self._cur_n = n
         call = DispatchCall(input, weights, scales, indices, *geometry)
@@ -243,7 +225,7 @@ class EpDispatchCombineOp(StandardMoeNotBuilt, Engine):
         """
         if not hasattr(self, "_dispatch_dtype"):
             raise AssertionError("dispatch_recv needs a dispatch or dispatch_send before it")
-        _ = _DTYPE_SUFFIX[self._dispatch_dtype]
+        _ = DTYPE_SUFFIX[self._dispatch_dtype]
         if not self._rules.asynchronous:
             raise ValueError(f"dispatch_recv supports AsyncLL only, not kernel_type={self.config.kernel_type.value}")
         call, self._pending_dispatch = self._pending_dispatch, None
@@ -289,7 +271,7 @@ class EpDispatchCombineOp(StandardMoeNotBuilt, Engine):
         self._check_combine_indices(indices)
         self._cached_combine_launch = self._launch_geometry(block_num, rdma_block_num, warp_per_block, dispatch=False)
         self._combine_dtype = input.dtype
-        _ = _DTYPE_SUFFIX[input.dtype]
+        _ = DTYPE_SUFFIX[input.dtype]
         self._check_hidden(hidden)
         call = CombineCall(input, weights, indices, bool(flag))
         if self._rules.asynchronous:
@@ -320,7 +302,7 @@ class EpDispatchCombineOp(StandardMoeNotBuilt, Engine):
         """
         if not hasattr(self, "_combine_dtype"):
             raise AssertionError("combine_recv needs a combine or combine_send before it")
-        _ = _DTYPE_SUFFIX[self._combine_dtype]
+        _ = DTYPE_SUFFIX[self._combine_dtype]
         if not self._rules.asynchronous:
             raise ValueError(f"combine_recv supports AsyncLL only, not kernel_type={self.config.kernel_type.value}")
         call, self._pending_combine = self._pending_combine, None
@@ -405,10 +387,3 @@ class EpDispatchCombineOp(StandardMoeNotBuilt, Engine):
         buffers, config = self._buffers, self.config
         ids = buffers.ids[: buffers.capacity]
         count_local_experts(ids, buffers.total, config.rank, config.num_experts_per_rank, self.local_expert_count)
-
-
-def _device_of(group: dist.ProcessGroup | None) -> torch.device:
-    """Act on the GPU where NCCL serves one in the group, else on the CPU."""
-    if group is not None and "cuda:nccl" in str(dist.get_backend_config(group)):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

@@ -44,7 +44,7 @@ def shmem_torch_process_group_init(group_name: str) -> int:
     """
     if not dist.is_initialized():
         raise RuntimeError("torch.distributed is not initialised; call init_process_group before initialising shmem")
-    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined]
+    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
     if _state.group is not None:
         _logger.info("shmem is already initialised; ignoring the second initialisation")
         return 0

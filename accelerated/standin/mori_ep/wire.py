@@ -41,6 +41,8 @@ class Arrival:
         origin: ``[Q]`` int64 source rank; valid: ``[Q]`` bool, or None when every row is.
         total: 0-d or ``[1]`` int64 number of valid rows.
         given: ``[Q, 2]`` bool-like int64: the source passed weights, scales.
+        sections: views of ``rows``.
+        number: ``[Q]`` int64, 0 to Q - 1.
     """
 
     rows: torch.Tensor
@@ -48,6 +50,8 @@ class Arrival:
     valid: torch.Tensor | None
     total: torch.Tensor
     given: torch.Tensor
+    sections: Sections
+    number: torch.Tensor
 
 
 class DispatchWire:
@@ -71,12 +75,15 @@ class DispatchWire:
         self.sections = Sections(self.pack, layout, k, scale_bytes)
         first = rank * world_size * tokens
         self.sections.source.copy_(torch.arange(first, first + tokens, device=device))
+        self._view = lambda rows: Sections(rows, layout, k, scale_bytes)
         self._ranks = torch.arange(world_size, device=device)
         if self.slotted:
             rows = world_size * (tokens + 1)
             self._sent = torch.zeros(rows + 1, words, dtype=torch.int64, device=device)
             self._received = torch.zeros(rows, words, dtype=torch.int64, device=device)
             self._nothing = rows
+            self._in_sections = self._view(self._received)
+            self._row = torch.arange(rows, device=device)
             self._head = self._sent[:-1].view(world_size, tokens + 1, words)[:, 0]
             self._in_head = self._received.view(world_size, tokens + 1, words)[:, 0]
             self._base = torch.arange(world_size + 1, device=device) * (tokens + 1)
@@ -113,8 +120,8 @@ class DispatchWire:
         transport.slots(self._received, self._sent[:-1])
         counts = self._in_head[:, :1]
         valid = (self._number <= counts).view(-1)
-        given_rows = self._in_head[:, 1:3].repeat_interleave(self._tokens + 1, 0)
-        arrival = Arrival(self._received, self._origin, valid, counts.sum(), given_rows)
+        given_rows = self._in_head[:, None, 1:3].expand(world, self._tokens + 1, 2).reshape(-1, 2)
+        arrival = Arrival(self._received, self._origin, valid, counts.sum(), given_rows, self._in_sections, self._row)
         return arrival, Plan(target, self._nothing)
 
     def _ragged(
@@ -135,7 +142,8 @@ class DispatchWire:
         place = torch.where(flat, flat.cumsum(0) - 1, nothing).view(world, -1).t()
         target = torch.cat([place, place.new_full((place.size(0), 1), nothing)], 1)
         origin = self._ranks.repeat_interleave(heads[:, 0], output_size=len(rows))
-        arrival = Arrival(rows, origin, None, heads[:, 0].sum(), heads[origin, 1:])
+        number = torch.arange(len(rows), device=rows.device)
+        arrival = Arrival(rows, origin, None, heads[:, 0].sum(), heads[origin, 1:], self._view(rows), number)
         return arrival, Plan(target, nothing, leaving, arriving)
 
 

@@ -81,7 +81,7 @@ def session(calls: Calls, arch: str = "gfx942", seen: str | None = None, status:
         return status
 
     ops = SimpleNamespace(
-        EpDispatchCombineConfig=lambda **arguments: SimpleNamespace(**arguments),
+        EpDispatchCombineConfig=SimpleNamespace,
         EpDispatchCombineKernelType=KernelType,
         EpDispatchCombineOp=lambda config: RecordingOp(config, calls),
     )
@@ -226,12 +226,8 @@ def test_rounds_alternate(calls: Calls) -> None:
 def test_what_would_be_written_out_of_bounds_is_refused(calls: Calls) -> None:
     operation = build(calls)
     rows, ids, weights = inputs()
-    for bad in (
-        (*inputs(6),),
-        (rows.float(), ids, weights),
-        (rows.repeat(1, 2), ids, weights),
-        (rows, ids[:2], weights),
-    ):
+    too_many, wide_elements, wide_rows = inputs(6), (rows.float(), ids, weights), (rows.repeat(1, 2), ids, weights)
+    for bad in (too_many, wide_elements, wide_rows, (rows, ids[:2], weights)):
         with pytest.raises(ValueError, match="do not fit"):
             operation.prepare(*bad)
     received = operation.prepare(rows, ids, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_every_kernel_type_is_claimed_on_one_gfx9_node(kernel_type: str, arch: s
         ("mori_low_latency", "gfx1250", {}, "vLLM does not run mori_low_latency on gfx1250"),
     ],
 )
-def test_refused_with_its_reason(kernel_type: str, arch: str, sizes: dict[str, int], reason: str) -> None:
+def test_refused_with_its_reason(kernel_type: str, arch: str, sizes: dict[str, Any], reason: str) -> None:
     stand = support(dataclasses.replace(BASE, **sizes), kernel_type, arch)
     assert stand.standing is Standing.REFUSED
     assert reason in stand.reason
@@ -65,7 +66,7 @@ def test_refused_with_its_reason(kernel_type: str, arch: str, sizes: dict[str, i
         ("mori_high_throughput", "gfx950", {"nodes": 2}),
     ],
 )
-def test_claimed_up_to_the_limit(kernel_type: str, arch: str, sizes: dict[str, int]) -> None:
+def test_claimed_up_to_the_limit(kernel_type: str, arch: str, sizes: dict[str, Any]) -> None:
     stand = support(dataclasses.replace(BASE, **sizes), kernel_type, arch)
     assert stand.standing is Standing.CLAIMED, stand.reason
 
@@ -78,7 +79,7 @@ def test_claimed_up_to_the_limit(kernel_type: str, arch: str, sizes: dict[str, i
         ("IntraNodeLL", "gfx1250", {}),
     ],
 )
-def test_unclaimed_where_nobody_goes(kernel_type: str, arch: str, sizes: dict[str, int]) -> None:
+def test_unclaimed_where_nobody_goes(kernel_type: str, arch: str, sizes: dict[str, Any]) -> None:
     stand = support(dataclasses.replace(BASE, **sizes), kernel_type, arch)
     assert stand.standing is Standing.UNCLAIMED
     assert stand.reason

@@ -81,8 +81,8 @@ def test_vllm_names(name: str, nodes: int, arch: str, expected: tuple[str, int, 
 
 
 def test_geometry_that_loses_rows_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = lambda *_: ("InterNodeV1", LaunchParameters(32, 16, 32))
-    monkeypatch.setattr(launch, "vllm_kernel_type", bad)
+    all_rdma = ("InterNodeV1", LaunchParameters(32, 16, 32))
+    monkeypatch.setattr(launch, "vllm_kernel_type", lambda *_: all_rdma)
     with pytest.raises(ValueError, match="strictly between 0 and block_num"):
         launch.launch(dataclasses.replace(DEEPSEEK, nodes=2), "mori_high_throughput", "gfx942")
     with pytest.raises(CatalogueError, match="one node only"):

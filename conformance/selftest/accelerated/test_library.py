@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,20 +22,23 @@ GENUINE = {
     library.EXTENSION: "",
 }
 
+GENUINE_KEYS = {"top": "__init__.py", "ops": "ops/__init__.py", "shmem": "shmem/__init__.py", "so": library.EXTENSION}
+
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory that comes first on sys.path, with no mori imported and none installed elsewhere."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "mori"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(library, "_version", lambda distribution: None)
     yield tmp_path
     for name in [name for name in sys.modules if name.partition(".")[0] == "mori"]:
         del sys.modules[name]
 
 
 def package(place: Path, **changes: str | None) -> Path:
-    """Write the genuine layout with some files changed or (None) left out; underscores in keys stand for slashes."""
+    """Write the genuine layout with some files (keys of GENUINE_KEYS) changed or, given None, left out."""
     files: dict[str, str | None] = {**GENUINE, **{GENUINE_KEYS[key]: text for key, text in changes.items()}}
     for name, text in files.items():
         if text is not None:
@@ -41,9 +46,6 @@ def package(place: Path, **changes: str | None) -> Path:
             (place / "mori" / name).write_text(text)
     importlib.invalidate_caches()
     return place / "mori"
-
-
-GENUINE_KEYS = {"top": "__init__.py", "ops": "ops/__init__.py", "shmem": "shmem/__init__.py", "so": library.EXTENSION}
 
 
 def test_a_genuine_package_loads_and_has_no_findings(place: Path) -> None:
@@ -68,7 +70,7 @@ def test_not_built(place: Path) -> None:
     (finding,) = probe_mori()
     assert str(directory) in finding.what
     assert "libmori_pybinds.so" in finding.what
-    with pytest.raises(LibraryError, match="mori is broken: .*cannot open") as caught:
+    with pytest.raises(LibraryError, match=r"mori is broken: .*cannot open") as caught:
         load_mori()
     assert isinstance(caught.value.__cause__, ImportError), "the original traceback is chained"
 

@@ -91,7 +91,7 @@ def test_entry_points_add_names_but_never_replace_built_ins(third_party: str, mo
     def entry_points(*, group: str, name: str | None = None) -> list[EntryPoint]:
         return [entry for entry in offered if entry.group == group and name in (None, entry.name)]
 
-    monkeypatch.setattr(registry.importlib.metadata, "entry_points", entry_points)
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
     assert names() == ("reference", "allgather", "mori", "mori-standin", "mine")
     assert backend("mine").name == "mine"
     assert backend("allgather").name == "allgather"

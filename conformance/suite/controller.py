@@ -1,0 +1,147 @@
+"""The run as a whole: preflight, plan, run directory, and the exit code, in the process that started pytest.
+
+With xdist this is the controller and the cells run in workers; without, it is the same process. What it never does:
+run a case.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from accelerated.registry import backend
+from conformance import __version__
+from conformance.cases import Case, CaseError, decode
+from conformance.suite import preflight
+from conformance.suite.options import Options, prepare_output
+from conformance.suite.plan import Plan, PlannedCell, make_plan
+from conformance.suite.records import RecordWriter, RunRecord
+from conformance.verdicts import ExitCode
+
+
+def check_machine(options: Options) -> tuple[str, ...]:
+    """Preflight; the UUIDs of the visible GPUs, if the ranks run on them.
+
+    Ends the run with exit 3 and one line per finding.
+    """
+    findings = preflight.check_torch()
+    widest = max(options.ep_sizes)
+    findings += preflight.check_machine(widest, options.device)
+    for name in (*options.backends, *options.companions):
+        findings += [f for f in backend(name, options.arch).preflight(options.device) if f not in findings]
+    if findings:
+        lines = [f"preflight: {f.what}; {f.remedy}" for f in findings]
+        pytest.exit("\n".join(lines), returncode=ExitCode.INFRASTRUCTURE)
+    if options.device == "cpu":
+        return ()
+    try:
+        devices = preflight.visible_devices()
+    except RuntimeError as error:
+        pytest.exit(f"preflight: {error}", returncode=ExitCode.INFRASTRUCTURE)
+    if len(devices) < widest:
+        raise pytest.UsageError(
+            f"--ep-sizes asks for {widest} GPUs and {len(devices)} are visible; give --ep-sizes up to {len(devices)}"
+        )
+    return tuple(device.uuid for device in devices)
+
+
+def plan_of(options: Options) -> Plan:
+    """The plan that follows from the options."""
+    made = [(backend(n, options.arch), False) for n in options.backends]
+    made += [(backend(n, options.arch), True) for n in options.companions]
+    plan = make_plan(
+        made,
+        tier=options.tier,
+        ep_sizes=options.ep_sizes,
+        kernel_types=options.kernel_types,
+        models=options.models,
+        only_models=options.only_models,
+    )
+    unable = {(u.backend, u.world_size): u.reason for u in plan.unsupported}
+    for name in options.backends:
+        for size in options.ep_sizes:
+            able = any(p.cell.backend == name and p.cell.world_size == size for p in plan.cells)
+            if not able and options.tier != "replay":
+                reason = unable.get((name, size), "it offers no such cell")
+                raise pytest.UsageError(f"backend {name!r} cannot do EP {size}: {reason}; give another --ep-sizes")
+    return plan
+
+
+def replayed_cases(options: Options) -> list[tuple[Path, Case]]:
+    """Recorded cases to run: the named files, or the corpus and every stored failure.
+
+    Raises:
+        pytest.UsageError: a file is missing or not a case, or there is nothing to replay.
+    """
+    corpus = Path(__file__).parents[2] / "fixtures" / "corpus"
+    files = list(options.replay)
+    if not files:
+        files = sorted(corpus.glob("*.json")) + sorted(options.failures.glob("*/case.json"))
+    found = []
+    for path in files:
+        try:
+            found.append((path, decode(path.read_bytes(), str(path))))
+        except OSError as error:
+            raise pytest.UsageError(f"--replay {path} cannot be read ({error.strerror}); name a case.json") from error
+        except CaseError as error:
+            raise pytest.UsageError(str(error)) from error
+    if not found:
+        raise pytest.UsageError(f"nothing to replay: neither {corpus} nor {options.failures} holds a case")
+    return found
+
+
+def open_run(options: Options, plan: Plan, labels: tuple[str, ...], directory: Path) -> None:
+    """Write the opening record of a run."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names = (*options.backends, *options.companions)
+    writer = RecordWriter(directory / "controller.jsonl")
+    writer.write(
+        RunRecord(
+            suite_version=__version__,
+            tier=options.tier,
+            backends=names,
+            standins=tuple(n for n in names if backend(n, options.arch).standin),
+            device=options.device,
+            arch=options.arch,
+            fingerprint=fingerprint(),
+            planned=labels,
+            unsupported=tuple(msgspec.to_builtins(vars(u)) for u in plan.unsupported),
+        )
+    )
+    writer.close()
+
+
+def fingerprint() -> dict[str, str]:
+    """Versions and machine, for every run's opening record."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "kernel": platform.release()}
+    for name in ("torch", "hypothesis", "pytest", "numpy", "amd_mori", "amd-mori-nightly"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def new_run_directory(options: Options) -> Path:
+    """A directory of its own for the records of this run."""
+    prepare_output(options)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in range(1000):
+        path = options.records / f"{stamp}-{number:03d}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise pytest.UsageError(f"{options.records} is full of runs of this second; remove old ones")
+
+
+def planned_for(case: Case, options: Options) -> PlannedCell:
+    """The planned cell of a replayed case; a recorded failure always gates."""
+    made = backend(case.cell.backend, options.arch)
+    return PlannedCell(case.cell, 1, claimed=True, companion=made.name not in options.backends)

@@ -1,0 +1,48 @@
+"""Input classes that a case hits, in the driver, from the routing alone; a cell without the needed ones is MISTRUSTED.
+
+What a hit class does not prove: that the backend took a different path because of it.
+"""
+
+from __future__ import annotations
+
+from conformance.cases import Case, Recipe, expand, routing_counts
+
+
+def classes(case: Case) -> tuple[str, ...]:
+    """Names of the classes that any round of the case hits."""
+    hit: set[str] = set()
+    cell = case.cell
+    per_rank = cell.experts // cell.world_size
+    for a_round in case.rounds:
+        counts = routing_counts(a_round.routing)
+        if 0 in counts:
+            hit.add("rank without tokens")
+        if cell.capacity in counts:
+            hit.add("rank at capacity")
+        if not any(counts):
+            hit.add("nothing at all")
+        if isinstance(a_round.routing, Recipe):
+            hit.add("recipe")
+        reached = set()
+        for source, rows in enumerate(expand(cell, a_round.routing)):
+            for row in set(rows):
+                owners = {e // per_rank for e in row if e >= 0}
+                reached |= owners
+                if owners - {source}:
+                    hit.add("row crosses ranks")
+                if -1 in row:
+                    hit.add("masked slot")
+                if not owners:
+                    hit.add("token to nowhere")
+                if len(set(row)) < len(row) and -1 not in row:
+                    hit.add("duplicate expert")
+        if any(counts) and len(reached) < cell.world_size:
+            hit.add("rank receives nothing")
+        if a_round.delays_ms:
+            hit.add("delayed rank")
+    return tuple(sorted(hit))
+
+
+def required(world_size: int) -> frozenset[str]:
+    """Classes without which a cell's checks mean nothing."""
+    return frozenset({"row crosses ranks"} if world_size > 1 else ())

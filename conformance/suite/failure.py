@@ -1,0 +1,137 @@
+"""One failure: what the user reads, what is stored, and the two commands that show it again.
+
+A failure's directory holds ``case.json`` (the minimum), ``original.json``, ``report.txt``, ``reproduce.py`` (a torchrun
+script that needs nothing from the suite's engine) and the stacks of ranks that did not answer. What a report does not
+claim: that the minimum is global; no single reduction step makes it smaller.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from conformance.cases import Case, Explicit, encode
+from conformance.engine.driver import Outcome
+from conformance.suite.reproduce import script
+from conformance.verdicts import Verdict
+
+STANDIN_MARK = "STAND-IN: a software double, no AMD hardware was tested"
+_SHOWN_TOKENS = 12
+
+
+@dataclass
+class Failure:
+    """A product failure, reduced and confirmed."""
+
+    backend: str
+    standin: bool
+    original: Case
+    minimal: Case
+    outcome: Outcome
+    reproduced: bool
+    failed: int
+    repeats: int
+    tried: int
+    exhausted: bool
+    directory: Path = Path()
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.outcome.verdict
+
+    @property
+    def headline(self) -> str:
+        """Verdict, check, and where."""
+        cell = self.minimal.cell
+        nodes = f", {cell.nodes} nodes" if cell.nodes > 1 else ""
+        return (
+            f"{self.verdict.value} {self.outcome.check}: {self.backend} {cell.kernel_type} EP {cell.world_size}{nodes}"
+        )
+
+    def report(self) -> str:
+        """The text a user reads; stable apart from the paths, stacks and rates."""
+        lines = [self.headline]
+        if self.standin:
+            lines.append(STANDIN_MARK)
+        lines += ["", *_describe_case(self.minimal), "", *self.outcome.text.rstrip().splitlines()]
+        lines += ["", self._history(), ""]
+        for rank, stack in sorted(self.outcome.stacks.items()):
+            lines += [f"rank {rank}, in {self.outcome.phases.get(rank, 'unknown')}:", *_indent(stack), ""]
+        case_file = shlex.quote(str(self.directory / "case.json"))
+        reproduce = shlex.quote(str(self.directory / "reproduce.py"))
+        world_size = self.minimal.cell.world_size
+        lines.append(f"replay:      pytest conformance --replay {case_file}")
+        lines.append(f"stand-alone: torchrun --standalone --nproc-per-node {world_size} {reproduce}")
+        return "\n".join(lines)
+
+    def _history(self) -> str:
+        text = f"failed {self.failed} of {self.repeats} runs of case {self.original.id}"
+        if self.minimal != self.original:
+            before = self.original.cell.world_size
+            text += (
+                f" ({before} ranks, {len(self.original.rounds)} rounds, {self.original.tokens} tokens); "
+                f"reduced in {self.tried} candidates"
+            )
+        if self.exhausted:
+            text += ", stopped by the reduction budget"
+        if not self.reproduced:
+            text += "; the minimal case did not fail again on a fresh pool"
+        return text
+
+    def store(self, parent: Path) -> None:
+        """Write the failure's directory."""
+        self.directory = parent / f"{self.minimal.id}-{self.outcome.check.replace('/', '_')}"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "case.json").write_bytes(encode(self.minimal))
+        (self.directory / "original.json").write_bytes(encode(self.original))
+        (self.directory / "reproduce.py").write_text(script(self.minimal))
+        for rank, stack in self.outcome.stacks.items():
+            (self.directory / f"stack-rank{rank}.txt").write_text(stack)
+        (self.directory / "report.txt").write_text(self.report() + "\n")
+
+
+class ConformanceFailure(AssertionError):
+    """The product failed a check."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.report())
+        self.failure = failure
+
+
+_types: dict[tuple[Verdict, str], type[ConformanceFailure]] = {}
+
+
+def failure_type(failure: Failure) -> type[ConformanceFailure]:
+    """One exception type per (verdict, check), so that one failure cannot pass for another."""
+    key = failure.outcome.key
+    if key not in _types:
+        name = f"{key[0].value}_{key[1].replace('.', '_')}"
+        _types[key] = type(name, (ConformanceFailure,), {"__doc__": f"{key[0].value} of {key[1]}."})
+    return _types[key]
+
+
+def _describe_case(case: Case) -> list[str]:
+    cell = case.cell
+    lines = [
+        f"case {case.id}: {cell.world_size} ranks on {cell.nodes} node(s), hidden {cell.hidden}, {cell.experts} "
+        f"experts, top-{cell.top_k}, capacity {cell.capacity}, {cell.dtype}, {cell.mode}"
+    ]
+    for index, a_round in enumerate(case.rounds):
+        counts = case.token_counts()[index]
+        delays = f", delays {list(a_round.delays_ms)} ms" if a_round.delays_ms else ""
+        lines.append(
+            f"  round {index}: tokens per rank {list(counts)}, values {a_round.values}, seed {a_round.seed}{delays}"
+        )
+        if not isinstance(a_round.routing, Explicit):
+            lines.append(f"    recipe {a_round.routing.archetype}")
+            continue
+        tokens = [(r, t, row) for r, rows in enumerate(a_round.routing.rows) for t, row in enumerate(rows)]
+        lines += [f"    rank {r}, token {t} -> experts {list(row)}" for r, t, row in tokens[:_SHOWN_TOKENS]]
+        if len(tokens) > _SHOWN_TOKENS:
+            lines.append(f"    and {len(tokens) - _SHOWN_TOKENS} more tokens (see case.json)")
+    return lines
+
+
+def _indent(text: str) -> list[str]:
+    return ["  " + line for line in text.splitlines()]

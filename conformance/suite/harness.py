@@ -1,0 +1,312 @@
+"""The harness of one worker: runs a cell's cases under Hypothesis, examines failures, writes records.
+
+A failing case is repeated (its rate recorded), reduced to its minimum, confirmed on a fresh pool and stored; then one
+exception whose type is named after (verdict, check) is raised. Hypothesis only draws: verdicts are memoised by case id,
+so it sees the same outcome however often it asks. What the harness does not decide: exit codes; the controller does,
+from the records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis.strategies import SearchStrategy
+
+from accelerated.contract import Contract, MaskedSlots
+from accelerated.interface import Backend
+from accelerated.registry import backend
+from conformance import __version__
+from conformance.cases import Case, Cell, Explicit
+from conformance.engine.driver import Driver, InfraError, Limits, Outcome
+from conformance.engine.lease import core_slots, lease
+from conformance.engine.pool import stop_forkserver
+from conformance.engine.reducer import Reducer, Reduction
+from conformance.generation import cases
+from conformance.suite import coverage
+from conformance.suite.failure import Failure, failure_type
+from conformance.suite.options import Options
+from conformance.suite.plan import PlannedCell
+from conformance.suite.records import BeginRecord, CellRecord, EndRecord, RecordWriter
+from conformance.verdicts import PRODUCT_FAILURES, Verdict
+
+#: Probability with which a candidate that does fail may be taken for one that passes.
+MISS_PROBABILITY = 0.003
+MAX_REPEATS = 200
+RATE_REPEATS = 60
+REDUCTION_HANG_FLOOR_S = 2.5
+
+
+@dataclass
+class Tally:
+    """What happened in one cell so far."""
+
+    distinct: set[str] = field(default_factory=set)
+    classes: set[str] = field(default_factory=set)
+    worst: float = 0.0
+    failure: Failure | None = None
+
+
+class Harness:
+    """One worker's driver, records and leases."""
+
+    def __init__(self, options: Options, writer: RecordWriter, devices: tuple[str, ...] = ()) -> None:
+        self.options = options
+        self._writer = writer
+        self._devices = devices
+        self._driver: Driver | None = None
+        self._driver_of = ""
+        self.deadline = time.monotonic() + options.time_budget_s if options.tier == "explore" else math.inf
+
+    def close(self) -> None:
+        """End the pool, and the forkserver with it."""
+        if self._driver is not None:
+            self._driver.close()
+        stop_forkserver()
+        self._writer.close()
+
+    # ------------------------------------------------------------------ one cell
+    def check(self, planned: PlannedCell) -> None:
+        """Run a cell and raise if it failed.
+
+        Raises:
+            ConformanceFailure: the product failed; its type is named after (verdict, check).
+            InfraError: the harness or the machine failed.
+            MistrustedError: the data drawn were too degenerate to mean anything.
+        """
+        made = backend(planned.cell.backend, self.options.arch)
+        contract = made.contract(planned.cell.problem(), planned.cell.kernel_type)
+        tally = Tally()
+        with self._cell(planned, made, tally):
+            self._draw(planned, cases(planned.cell, contract), lambda case: self._examine(planned, made, case, tally))
+            missing = coverage.required(planned.cell.world_size) - tally.classes
+            if missing:
+                raise MistrustedError(f"no case of {planned.cell.label} has: {', '.join(sorted(missing))}")
+
+    def replay(self, case: Case, planned: PlannedCell) -> None:
+        """Run one recorded case and raise if it fails; it is not reduced again."""
+        made = backend(case.cell.backend, self.options.arch)
+        tally = Tally()
+        with self._cell(planned, made, tally):
+            self._examine(planned, made, case, tally, origin="replay")
+
+    @contextmanager
+    def _cell(self, planned: PlannedCell, made: Backend, tally: Tally) -> Iterator[None]:
+        """Lease, run the body, write the cell's record whatever happens."""
+        names, count = (self._devices, planned.cell.world_size) if self._devices else (core_slots(), 1)
+        with lease(names, count):
+            started = time.monotonic()
+            verdict, reason = Verdict.PASS, ""
+            try:
+                yield
+            except MistrustedError as error:
+                verdict, reason = Verdict.MISTRUSTED, str(error)
+                raise
+            except InfraError as error:
+                verdict, reason = Verdict.INFRA, str(error)
+                raise
+            finally:
+                if tally.failure is not None:
+                    verdict = tally.failure.verdict if planned.claimed else Verdict.FINDING
+                self._writer.write(
+                    CellRecord(
+                        label=planned.cell.label,
+                        cell=planned.cell,
+                        verdict=verdict,
+                        standin=made.standin,
+                        companion=planned.companion,
+                        distinct=len(tally.distinct),
+                        planned=planned.examples,
+                        ratio=tally.worst,
+                        seconds=time.monotonic() - started,
+                        reason=reason,
+                        failure=str(tally.failure.directory) if tally.failure else "",
+                        summary=tally.failure.headline if tally.failure else "",
+                    )
+                )
+
+    def _draw(self, planned: PlannedCell, strategy: SearchStrategy[Case], examine: Callable[[Case], None]) -> None:
+        """Draw the cell's cases. In explore, batches with fresh seeds until the time budget is spent."""
+        explore = self.options.tier == "explore"
+        batch = 0
+        while True:
+            run_settings = settings(
+                max_examples=planned.examples,
+                deadline=None,
+                database=None,
+                phases=(Phase.explicit, Phase.generate),
+                report_multiple_bugs=False,
+                suppress_health_check=(HealthCheck.too_slow,),
+                verbosity=Verbosity.quiet,
+            )
+
+            @seed(_seed(planned.cell, self.options.seed + batch if explore else 0))
+            @run_settings
+            @given(case=strategy)
+            def one(case: Case) -> None:
+                if time.monotonic() < self.deadline:
+                    examine(case)
+
+            one()
+            batch += 1
+            if not explore or batch >= EXPLORE_BATCHES or time.monotonic() > self.deadline:
+                return
+
+    # ------------------------------------------------------------------ one case
+    def _examine(
+        self, planned: PlannedCell, made: Backend, case: Case, tally: Tally, origin: str = "generated"
+    ) -> None:
+        if case.id in tally.distinct:
+            if tally.failure is not None and case.id == tally.failure.original.id and planned.claimed:
+                raise failure_type(tally.failure)(tally.failure)
+            return
+        if tally.failure is not None:
+            return  # an unclaimed cell: one finding is enough
+        driver = self._driver_for(case.cell.backend)
+        outcome = self._run(driver, case, origin, first=True)
+        tally.distinct.add(case.id)
+        tally.classes.update(coverage.classes(case))
+        tally.worst = max(tally.worst, outcome.ratio)
+        if outcome.passed:
+            return
+        tally.failure = self._analyse(driver, made, case, outcome, reduce=origin == "generated")
+        tally.failure.store(self.options.failures)
+        if planned.claimed:
+            raise failure_type(tally.failure)(tally.failure)
+
+    def _run(
+        self, driver: Driver, case: Case, origin: str, *, limit_s: float | None = None, first: bool = False
+    ) -> Outcome:
+        self._writer.write(BeginRecord(case.id, case.cell.label, origin, case))
+        outcome = Outcome(Verdict.INFRA)
+        try:
+            outcome = driver.run(case, limit_s=limit_s)
+        finally:
+            self._writer.write(
+                EndRecord(
+                    case.id,
+                    case.cell.label,
+                    origin,
+                    outcome.verdict,
+                    outcome.check,
+                    min(outcome.ratio, 1e300),
+                    outcome.seconds,
+                    case.tokens,
+                    coverage.classes(case) if first else (),
+                )
+            )
+        return outcome
+
+    def _driver_for(self, name: str) -> Driver:
+        if self._driver is None or self._driver_of != name:
+            if self._driver is not None:
+                self._driver.close()
+            limits = Limits() if self.options.device == "cpu" else replace(Limits(), hang_budget=3, floor_s=30.0)
+            self._driver = Driver(name, arch=self.options.arch, device=self.options.device, limits=limits)
+            self._driver_of = name
+        return self._driver
+
+    # ------------------------------------------------------------------ failures
+    def _analyse(self, driver: Driver, made: Backend, case: Case, outcome: Outcome, *, reduce: bool) -> Failure:
+        slow = outcome.verdict in (Verdict.CRASH, Verdict.HANG)
+        failed, repeats = self._rate(driver, case, outcome, 1 if slow else RATE_REPEATS)
+        rate = (failed + 1) / (repeats + 1)
+        attempts = (
+            1 if failed == repeats else min(MAX_REPEATS, math.ceil(math.log(MISS_PROBABILITY) / math.log(1 - rate)))
+        )
+        reduction = Reduction(case, 0, exhausted=False)
+        if reduce:
+            reduction = self._reduce(driver, made, case, outcome, attempts)
+        driver.discard()
+        confirmed = outcome
+        for _ in range(max(attempts, 2)):
+            again = self._run(driver, reduction.case, "repeat")
+            if again.key == outcome.key:
+                confirmed = again
+                break
+        driver.rebuild()
+        return Failure(
+            backend=made.name,
+            standin=made.standin,
+            original=case,
+            minimal=reduction.case,
+            outcome=confirmed,
+            reproduced=confirmed is not outcome,
+            failed=failed + 1,
+            repeats=repeats + 1,
+            tried=reduction.tried,
+            exhausted=reduction.exhausted,
+        )
+
+    def _rate(self, driver: Driver, case: Case, outcome: Outcome, most: int) -> tuple[int, int]:
+        """How often the case fails the same way when repeated: three times if always, more if not."""
+        failed = 0
+        for repeat in range(1, most + 1):
+            failed += self._run(driver, case, "repeat").key == outcome.key
+            if failed == repeat == 3 or (failed >= 2 and failed < repeat):
+                return failed, repeat
+        return failed, most
+
+    def _reduce(self, driver: Driver, made: Backend, case: Case, outcome: Outcome, attempts: int) -> Reduction:
+        costly = 0
+
+        def fails(candidate: Case) -> bool:
+            nonlocal costly
+            for _ in range(attempts):
+                limit = REDUCTION_HANG_FLOOR_S if outcome.verdict is Verdict.HANG else None
+                seen = self._run(driver, candidate, "reduction", limit_s=limit)
+                costly += seen.verdict in (Verdict.CRASH, Verdict.HANG)
+                if seen.key == outcome.key:
+                    return True
+            return False
+
+        def allowed(candidate: Case) -> bool:
+            return costly < driver.limits.hang_budget and _legal(made, candidate, self.options)
+
+        return Reducer(fails, allowed, self.options.reduce_budget_s).reduce(case)
+
+
+EXPLORE_BATCHES = 1000
+
+
+class MistrustedError(Exception):
+    """The data of a cell were too degenerate for its checks to mean anything."""
+
+
+def _seed(cell: Cell, offset: int) -> int:
+    """Seed of a cell's draws: a hash of (suite version, cell), so a gate draws the same cases everywhere."""
+    text = f"{__version__} {cell.label} {cell.check} {offset}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def _legal(made: Backend, case: Case, options: Options) -> bool:
+    """Whether a reduced case is one the generator could have drawn: supported, and masked only where -1 is dropped."""
+    from accelerated.contract import Standing
+    from reference.problem import ProblemError
+
+    try:
+        problem = case.cell.problem()
+    except ProblemError:
+        return False
+    if made.support(problem, case.cell.kernel_type).standing is Standing.REFUSED:
+        return False
+    contract: Contract = made.contract(problem, case.cell.kernel_type)
+    if contract.masked_slots is MaskedSlots.DROPPED:
+        return True
+    return not any(
+        -1 in row
+        for a_round in case.rounds
+        if isinstance(a_round.routing, Explicit)
+        for rows in a_round.routing.rows
+        for row in rows
+    )
+
+
+def is_product_failure(verdict: Verdict) -> bool:
+    """True for verdicts that gate."""
+    return verdict in PRODUCT_FAILURES

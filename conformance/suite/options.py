@@ -1,0 +1,215 @@
+"""Command-line options of the suite and their validation; every error names the value, the limit and the fix.
+
+What is not decided here: which cells follow from the options (the plan) and whether the machine can run them
+(preflight).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from accelerated.registry import BackendError, backend
+from conformance.suite import preflight
+from conformance.suite.plan import DEFAULT_EP_SIZES
+from reference.catalogue import CatalogueError, ModelShape, architectures, model_shape, model_shapes
+
+TIERS = ("smoke", "gate", "explore", "replay")
+AUTO = "auto"
+COMPANIONS = ("reference", "allgather")
+MAX_EP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """Validated options of a run; identical in the controller and in every worker."""
+
+    backends: tuple[str, ...]
+    companions: tuple[str, ...]
+    kernel_types: tuple[str, ...]
+    ep_sizes: tuple[int, ...]
+    device: str
+    arch: str
+    tier: str
+    models: tuple[ModelShape, ...]
+    only_models: bool
+    require_hardware: bool
+    output: Path
+    seed: int
+    time_budget_s: float
+    reduce_budget_s: float
+    replay: tuple[Path, ...]
+
+    @property
+    def records(self) -> Path:
+        """Where this run's record files go."""
+        return self.output / "records"
+
+    @property
+    def failures(self) -> Path:
+        """Where failures are kept, a directory each."""
+        return self.output / "failures"
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Declare the options."""
+    group = parser.getgroup("ep-conformance", "expert-parallel conformance")
+    group.addoption(
+        "--backend",
+        action="append",
+        default=None,
+        metavar="NAME",
+        help="backend under test: auto, a registered name, or package.module:factory; may be repeated "
+        "(default: auto, which is mori on a ROCm machine and mori-standin elsewhere)",
+    )
+    group.addoption(
+        "--kernel-type",
+        action="append",
+        default=None,
+        metavar="TYPE",
+        help="kernel type to keep, MoRI's or vLLM's name; may be repeated (default: all)",
+    )
+    group.addoption("--ep-sizes", default=None, metavar="LIST", help="expert-parallel sizes (default: 1,2,4,8)")
+    group.addoption(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="where the ranks run (default: auto, which is cuda for mori and cpu otherwise)",
+    )
+    group.addoption(
+        "--arch",
+        default=None,
+        metavar="GFX",
+        help="gfx architecture whose contract applies (default: the device's, or gfx942)",
+    )
+    group.addoption("--tier", default="gate", choices=TIERS, help="how much to run (default: gate)")
+    group.addoption(
+        "--model", action="append", default=None, metavar="NAME", help="run only this real model shape; may be repeated"
+    )
+    group.addoption("--require-hardware", action="store_true", help="refuse stand-ins and the CPU")
+    group.addoption(
+        "--output-dir",
+        default=".conformance",
+        metavar="DIR",
+        help="directory for everything that is written (default: .conformance)",
+    )
+    group.addoption("--explore-seed", type=int, default=None, metavar="N", help="seed of the explore tier")
+    group.addoption("--time-budget", type=float, default=600.0, metavar="S", help="seconds the explore tier may take")
+    group.addoption(
+        "--reduce-budget",
+        type=float,
+        default=90.0,
+        metavar="S",
+        help="seconds one failure's reduction may take (default: 90)",
+    )
+    group.addoption("--replay", action="append", default=None, metavar="FILE", help="run exactly these recorded cases")
+
+
+def read_options(config: pytest.Config) -> Options:
+    """Validate the options of a run.
+
+    Raises:
+        pytest.UsageError: a value is wrong; the message says which, and what to give instead.
+    """
+    if config.getoption("reruns", None):
+        raise pytest.UsageError(
+            "--reruns hides failure rates and is refused; every failure is repeated and rated already"
+        )
+    tier = "replay" if config.getoption("--replay") else config.getoption("--tier")
+    names = tuple(config.getoption("--backend") or (AUTO,))
+    rocm = preflight.is_rocm_machine()
+    companions: tuple[str, ...] = ()
+    if AUTO in names:
+        real = "mori" if rocm else "mori-standin"
+        names = tuple(dict.fromkeys(real if n == AUTO else n for n in names))
+        companions = tuple(c for c in COMPANIONS if c not in names)
+    arch = config.getoption("--arch") or "gfx942"
+    if arch not in architectures():
+        raise pytest.UsageError(f"--arch is {arch!r}; choose one of {', '.join(sorted(architectures()))}")
+    device = config.getoption("--device")
+    if device == "auto":
+        device = "cuda" if "mori" in names else "cpu"
+    _check_backends((*names, *companions), arch, bool(config.getoption("--require-hardware")), device)
+    kernel_types = tuple(config.getoption("--kernel-type") or ())
+    _check_kernel_types(kernel_types, names, arch)
+    output = Path(config.getoption("--output-dir")).absolute()
+    return Options(
+        backends=names,
+        companions=companions,
+        kernel_types=kernel_types,
+        ep_sizes=_ep_sizes(config.getoption("--ep-sizes"), tier),
+        device=device,
+        arch=arch,
+        tier=tier,
+        models=_models(config.getoption("--model")),
+        only_models=bool(config.getoption("--model")),
+        require_hardware=bool(config.getoption("--require-hardware")),
+        output=output,
+        seed=config.getoption("--explore-seed") or time.time_ns() % 2**31,
+        time_budget_s=config.getoption("--time-budget"),
+        reduce_budget_s=config.getoption("--reduce-budget"),
+        replay=tuple(Path(p).absolute() for p in config.getoption("--replay") or ()),
+    )
+
+
+def _check_backends(names: tuple[str, ...], arch: str, require_hardware: bool, device: str) -> None:
+    for name in names:
+        try:
+            made = backend(name, arch)
+        except BackendError as error:
+            raise pytest.UsageError(f"--backend: {error}") from error
+        if require_hardware and made.standin:
+            raise pytest.UsageError(f"--require-hardware refuses the stand-in {name!r}; name a real backend")
+    if require_hardware and device != "cuda":
+        raise pytest.UsageError(f"--require-hardware needs --device cuda, not {device}")
+
+
+def _check_kernel_types(kernel_types: tuple[str, ...], names: tuple[str, ...], arch: str) -> None:
+    known: set[str] = set()
+    for name in names:
+        made = backend(name, arch)
+        known |= {*made.kernel_types, *getattr(made, "aliases", ())}
+    for kernel_type in kernel_types:
+        if kernel_type not in known:
+            raise pytest.UsageError(f"--kernel-type is {kernel_type!r}; choose one of {', '.join(sorted(known))}")
+
+
+def _ep_sizes(text: str | None, tier: str) -> tuple[int, ...]:
+    if text is None:
+        return DEFAULT_EP_SIZES.get(tier, DEFAULT_EP_SIZES["gate"])
+    sizes = []
+    for part in text.split(","):
+        if not part.strip().isdigit() or not 1 <= int(part) <= MAX_EP_SIZE:
+            raise pytest.UsageError(
+                f"--ep-sizes has {part.strip()!r}; give sizes from 1 to {MAX_EP_SIZE}, such as 2,4,8"
+            )
+        sizes.append(int(part))
+    return tuple(dict.fromkeys(sizes))
+
+
+def _models(names: list[str] | None) -> tuple[ModelShape, ...]:
+    try:
+        return tuple(model_shape(n) for n in names) if names else tuple(model_shapes().values())
+    except CatalogueError as error:
+        raise pytest.UsageError(f"--model: {error}") from error
+
+
+def prepare_output(options: Options) -> None:
+    """Create the output directories.
+
+    Raises:
+        pytest.UsageError: nothing can be written there.
+    """
+    try:
+        for directory in (options.records, options.failures, options.output / "hypothesis"):
+            directory.mkdir(parents=True, exist_ok=True)
+        mark = options.output / ".writable"
+        mark.write_text("")
+        mark.unlink()
+    except OSError as error:
+        raise pytest.UsageError(
+            f"--output-dir {options.output} cannot be written ({error.strerror}); give a writable directory"
+        ) from error

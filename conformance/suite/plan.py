@@ -1,0 +1,215 @@
+"""The plan: which cells a run has, how many cases each gets, and which combinations are unsupported and why.
+
+Geometry is fixed per cell. Synthetic geometries sit on awkward sizes; every real model shape is touched, spread over
+kernel types and EP sizes in the gate tier and crossed with all of them in explore. What the plan does not contain:
+quantised wire formats, graphs, and more than two nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from accelerated.contract import Standing
+from accelerated.interface import Backend
+from conformance.cases import Cell, Mode, Placement
+from reference.catalogue import ModelShape
+from reference.problem import Problem, ProblemError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a synthetic layer per rank."""
+
+    hidden: int
+    experts_per_rank: int
+    top_k: int
+    capacity: int
+    dtype: str
+
+
+#: Small and even, odd sizes in float32, more slots than a row of eight, one slot, and enough tokens for recipes.
+PAIRS = Geometry(64, 2, 2, 64, "bfloat16")
+ODD = Geometry(77, 5, 5, 33, "float32")
+WIDE = Geometry(136, 12, 9, 16, "bfloat16")
+SINGLE = Geometry(32, 1, 1, 128, "bfloat16")
+BULK = Geometry(64, 8, 8, 256, "bfloat16")
+MODEL_CAPACITY = 16
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One line of the plan: a property on a geometry, with its number of cases per EP size."""
+
+    check: str
+    geometry: Geometry | None  # None: a model shape
+    mode: Mode
+    examples: dict[int, int]  # EP size -> cases; the nearest smaller key applies to other sizes
+    placement: Placement = "linear"
+
+    def examples_at(self, world_size: int) -> int:
+        """Cases at an EP size."""
+        return self.examples[max(w for w in self.examples if w <= world_size)]
+
+
+GATE = (
+    Slot("round_trip", PAIRS, "drained", {1: 20, 2: 62, 4: 42, 8: 24}),
+    Slot("round_trip", ODD, "drained", {1: 10, 2: 42, 4: 26, 8: 14}),
+    Slot("round_trip", WIDE, "drained", {1: 6, 2: 26, 4: 16, 8: 8}),
+    Slot("round_trip", SINGLE, "drained", {1: 6, 2: 22, 4: 14, 8: 8}),
+    Slot("round_trip", BULK, "drained", {1: 2, 2: 6, 4: 5, 8: 3}),
+    Slot("round_trip", None, "drained", {1: 2, 2: 12, 4: 9, 8: 6}),
+    Slot("rounds", PAIRS, "free-running", {1: 6, 2: 26, 4: 18, 8: 11}),
+    Slot("placement", None, "drained", {1: 1, 2: 4, 4: 3, 8: 2}),
+    Slot("placement", PAIRS, "drained", {2: 3, 4: 2, 8: 2}, "round_robin"),
+)
+SMOKE = (
+    Slot("round_trip", PAIRS, "drained", {1: 4, 2: 6, 4: 4, 8: 3}),
+    Slot("rounds", PAIRS, "free-running", {1: 2, 2: 3, 4: 2, 8: 2}),
+)
+#: What a backend that is not the subject of the run gets: enough to trust it as the yardstick.
+COMPANION = (
+    Slot("round_trip", PAIRS, "drained", {1: 4, 2: 12, 4: 8, 8: 5}),
+    Slot("round_trip", ODD, "drained", {1: 2, 2: 8, 4: 5, 8: 3}),
+    Slot("rounds", PAIRS, "free-running", {1: 2, 2: 5, 4: 4, 8: 3}),
+    Slot("placement", None, "drained", {1: 1, 2: 2, 4: 2, 8: 1}),
+)
+DEFAULT_EP_SIZES = {"smoke": (1, 2, 4), "gate": (1, 2, 4, 8), "explore": (1, 2, 4, 8, 16, 32)}
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell, its budget of cases, and whether a failure of it gates."""
+
+    cell: Cell
+    examples: int
+    claimed: bool
+    companion: bool = False
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A combination that the backend refuses."""
+
+    backend: str
+    kernel_type: str
+    world_size: int
+    nodes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run intends to do."""
+
+    cells: tuple[PlannedCell, ...]
+    unsupported: tuple[Unsupported, ...]
+
+
+def make_plan(
+    backends: Sequence[tuple[Backend, bool]],
+    *,
+    tier: str,
+    ep_sizes: Sequence[int],
+    kernel_types: Sequence[str],
+    models: Sequence[ModelShape],
+    only_models: bool = False,
+) -> Plan:
+    """Cross backends, kernel types, EP sizes and slots; ask each backend what it supports.
+
+    Args:
+        backends: (backend, is companion) pairs.
+        tier: smoke, gate or explore.
+        ep_sizes: EP sizes to plan.
+        kernel_types: kernel types to keep, all if empty.
+        models: model shapes to spread (gate) or cross (explore).
+        only_models: drop the synthetic geometries.
+    """
+    cells: list[PlannedCell] = []
+    refused: dict[tuple[str, str, int, int, str], Unsupported] = {}
+    turn = 0
+    for backend, companion in backends:
+        wanted = list(backend.kernel_types)
+        if kernel_types and not companion:
+            offered = (*backend.kernel_types, *getattr(backend, "aliases", ()))
+            wanted = [k for k in offered if k in kernel_types]
+        slots = {"smoke": SMOKE}.get(tier, COMPANION if companion else GATE)
+        for kernel_type in wanted:
+            for world_size, nodes in _topologies(ep_sizes):
+                for slot in slots:
+                    if only_models and slot.geometry is not None:
+                        continue
+                    shapes: Sequence[ModelShape | None] = [None]
+                    if slot.geometry is None:
+                        every = tier == "explore" or only_models
+                        shapes = models if every else [models[turn % len(models)]]
+                        turn += 1
+                    for shape in shapes:
+                        found = _cell(backend, kernel_type, world_size, nodes, slot, shape)
+                        if isinstance(found, Unsupported):
+                            refused[(found.backend, found.kernel_type, world_size, nodes, found.reason)] = found
+                        elif found is not None:
+                            examples = slot.examples_at(world_size) if world_size >= min(slot.examples) else 0
+                            if examples:
+                                cells.append(PlannedCell(found[0], examples, found[1], companion))
+    # Wide cells first: they take longest, and neighbours of one width share a pool.
+    cells.sort(key=lambda p: (-p.cell.world_size, p.cell.backend, p.cell.kernel_type, p.cell.nodes, p.cell))
+    return Plan(tuple(cells), tuple(refused.values()))
+
+
+def _topologies(ep_sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    for world_size in ep_sizes:
+        yield world_size, 1
+        if world_size % 2 == 0:
+            yield world_size, 2
+
+
+def _cell(
+    backend: Backend, kernel_type: str, world_size: int, nodes: int, slot: Slot, shape: ModelShape | None
+) -> tuple[Cell, bool] | Unsupported | None:
+    """A cell and whether it is claimed, the refusal, or None where the combination means nothing."""
+    cell = cell_for(backend.name, kernel_type, world_size, nodes, slot, shape)
+    try:
+        problem = cell.problem()
+    except ProblemError as error:
+        return Unsupported(backend.name, kernel_type, world_size, nodes, str(error))
+    support = backend.support(problem, kernel_type)
+    if support.standing is Standing.REFUSED and slot.geometry is WIDE:
+        # A kernel type that stops at eight slots still gets the wide layer, with eight.
+        problem = Problem(world_size, cell.hidden, cell.experts, 8, cell.capacity, cell.dtype, nodes)
+        support = backend.support(problem, kernel_type)
+        cell = cell_for(backend.name, kernel_type, world_size, nodes, slot, shape, top_k=8)
+    if support.standing is Standing.REFUSED:
+        return Unsupported(backend.name, kernel_type, world_size, nodes, support.reason)
+    return cell, support.standing is Standing.CLAIMED
+
+
+def cell_for(
+    backend: str,
+    kernel_type: str,
+    world_size: int,
+    nodes: int,
+    slot: Slot,
+    shape: ModelShape | None,
+    top_k: int | None = None,
+) -> Cell:
+    """The cell of one slot."""
+    geometry = slot.geometry
+    if geometry is None:
+        assert shape is not None
+        geometry = Geometry(shape.hidden, 0, shape.top_k, MODEL_CAPACITY, "bfloat16")
+    return Cell(
+        check=slot.check,
+        backend=backend,
+        kernel_type=kernel_type,
+        world_size=world_size,
+        nodes=nodes,
+        hidden=geometry.hidden,
+        experts=shape.experts if shape is not None else geometry.experts_per_rank * world_size,
+        top_k=top_k or geometry.top_k,
+        capacity=geometry.capacity,
+        dtype=geometry.dtype,
+        mode=slot.mode,
+        placement=slot.placement,
+        model=shape.name if shape is not None else "",
+    )

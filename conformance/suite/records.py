@@ -1,0 +1,106 @@
+"""Records: JSON lines, one file per process, a begin line before a case is sent and an end line after it.
+
+Each line is written with one ``write`` on an append-only descriptor, so what was written survives a crash of anything.
+An unmatched begin is a case that was under way when its worker died. Reports and gates read only records.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from conformance.cases import Case, Cell
+from conformance.verdicts import Verdict
+
+
+class RunRecord(msgspec.Struct, tag="run"):
+    """Opening line of a run, written by the controller."""
+
+    suite_version: str
+    tier: str
+    backends: tuple[str, ...]
+    standins: tuple[str, ...]
+    device: str
+    arch: str
+    fingerprint: dict[str, str]
+    planned: tuple[str, ...]
+    unsupported: tuple[dict[str, Any], ...]
+
+
+class BeginRecord(msgspec.Struct, tag="begin"):
+    """A case is about to be sent."""
+
+    case_id: str
+    cell: str
+    origin: str  # generated, repeat, reduction, replay
+    case: Case
+
+
+class EndRecord(msgspec.Struct, tag="end"):
+    """A case was answered for."""
+
+    case_id: str
+    cell: str
+    origin: str
+    verdict: Verdict
+    check: str
+    ratio: float
+    seconds: float
+    tokens: int
+    classes: tuple[str, ...] = ()
+
+
+class CellRecord(msgspec.Struct, tag="cell"):
+    """A cell is finished."""
+
+    label: str
+    cell: Cell
+    verdict: Verdict
+    standin: bool
+    companion: bool
+    distinct: int
+    planned: int
+    ratio: float
+    seconds: float
+    reason: str = ""
+    failure: str = ""  # directory of the failure
+    summary: str = ""  # one line
+
+
+Record = RunRecord | BeginRecord | EndRecord | CellRecord
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Record)
+
+
+class RecordWriter:
+    """Appends records to one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def write(self, record: Record) -> None:
+        """Append one line."""
+        os.write(self._fd, _encoder.encode(record) + b"\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def read_records(directory: Path) -> Iterator[Record]:
+    """Every readable record of a run, file by file; a torn last line (a killed writer) is skipped."""
+    for path in sorted(directory.glob("*.jsonl")):
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines):
+            if not line:
+                continue
+            try:
+                yield _decoder.decode(line)
+            except msgspec.MsgspecError as error:
+                if number < len(lines) - 1:
+                    raise ValueError(f"{path}:{number + 1} is not a record: {error}; remove the file") from error
