@@ -29,7 +29,7 @@ class _DevicePointer:
         self.__cuda_array_interface__ = {"shape": (count,), "typestr": "<i4", "data": (pointer, False), "version": 2}
 
 
-def launch_local_expert_count(  # noqa: PLR0917
+def launch_local_expert_count(
     config: Any,
     indices_ptr: int,
     total_recv_token_num_ptr: int,

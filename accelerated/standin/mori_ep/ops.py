@@ -141,7 +141,7 @@ class EpDispatchCombineOp(StandardMoeNotBuilt, Engine):
 
     # ---- dispatch -------------------------------------------------------------------------------------------------
 
-    def dispatch(  # noqa: PLR0917
+    def dispatch(
         self,
         input: torch.Tensor,
         weights: torch.Tensor | None,
@@ -202,7 +202,7 @@ class EpDispatchCombineOp(StandardMoeNotBuilt, Engine):
         out = Buffers.view(buffers.out, rows, hidden, dtype)
         return out, buffers.weights[:rows], scales, buffers.ids[:rows], buffers.total.view(1)
 
-    def dispatch_send(  # noqa: PLR0917
+    def dispatch_send(
         self,
         input: torch.Tensor,
         weights: torch.Tensor | None,
@@ -237,7 +237,7 @@ class EpDispatchCombineOp(StandardMoeNotBuilt, Engine):
 
     # ---- combine --------------------------------------------------------------------------------------------------
 
-    def combine(  # noqa: PLR0917
+    def combine(
         self,
         input: torch.Tensor,
         weights: torch.Tensor | None,

@@ -13,7 +13,7 @@ _NOT_BUILT = "{} is not available; rebuild MoRI with ENABLE_STANDARD_MOE_ADAPT=O
 class StandardMoeNotBuilt:
     """Mixin with the four entry points; each raises RuntimeError (python/mori/ops/dispatch_combine.py)."""
 
-    def dispatch_standard_moe(  # noqa: PLR0917
+    def dispatch_standard_moe(
         self,
         input: torch.Tensor,
         weights: torch.Tensor | None,
@@ -26,7 +26,7 @@ class StandardMoeNotBuilt:
         """Raise RuntimeError: not built."""
         raise RuntimeError(_NOT_BUILT.format("dispatch_standard_moe"))
 
-    def combine_standard_moe(  # noqa: PLR0917
+    def combine_standard_moe(
         self,
         input: torch.Tensor,
         weights: torch.Tensor | None,

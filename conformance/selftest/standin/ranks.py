@@ -51,9 +51,7 @@ def _collect(rank: int, code: int | None, folder: Path) -> dict[str, str]:
     return {**found, "exit": str(code), "stderr": stderr}
 
 
-def _rank(  # noqa: PLR0917
-    rank: int, world: int, module: str, scenarios: list[str], folder: str, join: bool
-) -> None:
+def _rank(rank: int, world: int, module: str, scenarios: list[str], folder: str, join: bool) -> None:
     stderr = os.open(f"{folder}/rank{rank}.stderr", os.O_CREAT | os.O_WRONLY)
     os.dup2(stderr, 2)
     torch.set_num_threads(1)
