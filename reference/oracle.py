@@ -57,7 +57,7 @@ def layer_output(
     rows: torch.Tensor,
     routing: Sequence[Sequence[int]],
     weights: torch.Tensor,
-    expert: Callable[[int, torch.Tensor], torch.Tensor],
+    expert: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     *,
     experts_per_rank: int,
     world_size: int,
@@ -72,7 +72,7 @@ def layer_output(
         rows: ``[n, H]`` activations.
         routing: ``routing[token][slot]`` global expert ids.
         weights: ``[n, k]``.
-        expert: ``(id, float64 [H]) -> float64 [H]``.
+        expert: ``(ids [n] int64, float64 [n, H]) -> float64 [n, H]``, row i through expert ``ids[i]``.
         experts_per_rank: experts that each rank owns.
         world_size: W.
         dtype: element type of the partial sums on the wire and of the result.
@@ -83,35 +83,40 @@ def layer_output(
     Returns:
         Expected values; without ``exact``, float32 arithmetic is allowed ``8 k`` roundings of the sum of magnitudes.
     """
-    value, lower, upper = (torch.zeros(rows.shape, dtype=torch.float64) for _ in range(3))
-    weight_sum = torch.zeros(weights.shape, dtype=torch.float64)
+    n, hidden = rows.shape
+    x, weight = rows.double().cpu(), weights.double().cpu()
+    top_k = weight.shape[1]
+    reached = [destinations_of(row, experts_per_rank, world_size) for row in routing]
+    weight_sum = torch.tensor([len(ranks) for ranks in reached], dtype=torch.float64).reshape(n, 1) * weight
+    ids = torch.tensor([list(row) for row in routing], dtype=torch.int64).reshape(n, top_k)
+    valid = (ids >= 0) & (ids < experts_per_rank * world_size)
+    outputs = [weight[:, j : j + 1] * expert(ids[:, j].clamp(min=0), x) for j in range(top_k)]
     per_node = world_size // nodes
-    for token, row in enumerate(routing):
-        x = rows[token].double().cpu()
-        reached = destinations_of(row, experts_per_rank, world_size)
-        weight_sum[token] = len(reached) * weights[token].double().cpu()
-        levels = [torch.zeros(3, nodes, rows.shape[1], dtype=torch.float64), torch.zeros(nodes, rows.shape[1])]
-        for rank in reached:
-            local = [
-                (e, float(w))
-                for e, w in zip(row, weights[token].tolist(), strict=True)
-                if e // experts_per_rank == rank
-            ]
-            outputs = torch.stack([w * expert(e, x) for e, w in local])
-            slack = torch.zeros_like(x) if exact else 8 * len(row) * 2.0**-24 * (outputs.abs().sum(0) + 1)
-            partial = outputs.sum(0)
-            for bound, shift in enumerate((0.0, -1.0, 1.0)):
-                levels[0][bound, rank // per_node] += round_half_even(partial + shift * slack, dtype)
-            levels[1][rank // per_node] += partial.abs()
-        value[token], lower[token], upper[token] = _store_levels(levels[0], levels[1], nodes, dtype, exact, world_size * every_addition_rounds)
+    sums = torch.zeros(3, nodes, n, hidden, dtype=torch.float64)  # value, lower, upper
+    magnitude = torch.zeros(nodes, n, hidden, dtype=torch.float64)
+    for rank in range(world_size):
+        mine = valid & (ids >= rank * experts_per_rank) & (ids < (rank + 1) * experts_per_rank)
+        if not bool(mine.any()):
+            continue
+        local = [torch.where(mine[:, j : j + 1], out, 0.0) for j, out in enumerate(outputs)]
+        partial = torch.stack(local).sum(0)
+        involved = mine.any(1, keepdim=True)
+        slack = torch.zeros_like(partial)
+        if not exact:
+            slack = torch.where(involved, 8 * top_k * 2.0**-24 * (torch.stack(local).abs().sum(0) + 1), 0.0)
+        for bound, shift in enumerate((0.0, -1.0, 1.0)):
+            sums[bound, rank // per_node] += round_half_even(partial + shift * slack, dtype)
+        magnitude[rank // per_node] += partial.abs()
+    roundings = world_size * every_addition_rounds
+    value, lower, upper = _store_levels(sums, magnitude, nodes, dtype, exact, roundings)
     return Expected(value, lower, upper, weight_sum)
 
 
 def _store_levels(
     sums: torch.Tensor, magnitude: torch.Tensor, nodes: int, dtype: torch.dtype, exact: bool, roundings: int
 ) -> tuple[torch.Tensor, ...]:
-    """Round ``sums [3, N, H]`` (value, lower, upper) per node if there are several, then their sum."""
-    shift = torch.tensor([0.0, -1.0, 1.0], dtype=torch.float64).reshape(3, 1, 1)
+    """Round ``sums [3, N, n, H]`` (value, lower, upper) per node if there are several, then their sum."""
+    shift = torch.tensor([0.0, -1.0, 1.0], dtype=torch.float64).reshape(3, 1, 1, 1)
     slack = torch.zeros_like(magnitude) if exact else 64 * 2.0**-24 * magnitude
     sums = sums + shift * slack
     if nodes > 1:

@@ -18,7 +18,7 @@ from accelerated.contract import Accumulation, Contract
 from accelerated.interface import Operation, RankContext, Received
 from conformance.cases import Case, Rows, expand
 from conformance.engine.protocol import Mismatch
-from conformance.rank.experts import LocalExperts, dense_expert
+from conformance.rank.experts import LocalExperts, dense_experts
 from conformance.rank.inputs import DTYPES, INTEGER_GRID, Inputs, round_inputs
 from conformance.rank.judge import (
     ExpectedResult,
@@ -103,13 +103,14 @@ class Program:
         where = torch.tensor(keys, dtype=torch.int64).reshape(-1, 2)
         want = ExpectedRows(where, columns[0], columns[1], columns[2], sum(map(len, routing)))
         # Under round-robin placement position p of the rank-major list of owned experts is physical id p.
-        owned = [g for r in range(world_size) for g in range(r, cell.experts, world_size)]
-        name = (lambda e: owned[e]) if cell.placement == "round_robin" else (lambda e: e)
+        names = torch.arange(cell.experts)
+        if cell.placement == "round_robin":
+            names = torch.cat([torch.arange(r, cell.experts, world_size) for r in range(world_size)])
         answer = oracle.layer_output(
             inputs.rows,
             routing[rank],
             inputs.weights,
-            lambda e, x: dense_expert(name(e), x),
+            lambda ids, x: dense_experts(names[ids], x),
             experts_per_rank=per_rank,
             world_size=world_size,
             dtype=DTYPES[cell.dtype],
