@@ -117,8 +117,8 @@ def routing_counts(routing: Explicit | Recipe) -> tuple[int, ...]:
     return routing.counts if isinstance(routing, Recipe) else tuple(map(len, routing.rows))
 
 
-def expand(cell: Cell, routing: Explicit | Recipe) -> Rows:
-    """Routing of one round as explicit rows."""
+def expand(cell: Cell, routing: Explicit | Recipe, only: int | None = None) -> Rows:
+    """Routing of one round as explicit rows; ``only`` may leave the rows of all other ranks out."""
     if isinstance(routing, Explicit):
         return routing.rows
     return explicit_rows(
@@ -129,6 +129,7 @@ def expand(cell: Cell, routing: Explicit | Recipe) -> Rows:
         experts=cell.experts,
         top_k=cell.top_k,
         nodes=cell.nodes,
+        only=only,
     )
 
 

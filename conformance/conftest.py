@@ -21,7 +21,7 @@ from conformance.suite.harness import Harness, MistrustedError
 from conformance.suite.options import add_options, read_options
 from conformance.suite.plan import PlannedCell
 from conformance.suite.records import RecordWriter, read_records
-from conformance.suite.state import RunState, preload_draw_modules
+from conformance.suite.state import RunState
 from conformance.suite.summary import print_summary, total
 from conformance.verdicts import ExitCode
 
@@ -69,7 +69,6 @@ def pytest_configure(config: pytest.Config) -> None:
         state.devices = controller.check_machine(state.options)
         state.directory = controller.new_run_directory(state.options)
     configuration.set_hypothesis_home_dir(state.options.output / "hypothesis")
-    preload_draw_modules()
     config.stash[_STATE] = state
 
 
@@ -92,7 +91,7 @@ def pytest_testnodedown(node: object, error: object) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     state = metafunc.config.stash.get(_STATE, None)
     if state is not None and "recorded" in metafunc.fixturenames:
-        recorded = [(*pair, planned) for pair, planned in zip(state.replays, state.items, strict=False)]
+        recorded = [(*pair, planned) for pair, planned in zip(state.replays, state.items, strict=True)]
         metafunc.parametrize("recorded", recorded, ids=[case.id for _, case, _ in recorded])
     if state is None or "planned" not in metafunc.fixturenames:
         return

@@ -8,6 +8,7 @@ counts from the boundaries of the cell, then the rows: a small palette of rows d
 
 from __future__ import annotations
 
+from math import gcd
 from random import Random
 
 from hypothesis import strategies as st
@@ -104,8 +105,32 @@ def _applies(archetype: str, cell: Cell, contract: Contract) -> bool:
 
 
 @st.composite
+def every_expert(draw: st.DrawFn, cell: Cell) -> Case:
+    """A case that routes to every global expert once, in a drawn order, in as many rounds as the capacity needs."""
+    strides = [s for s in range(1, cell.experts + 1) if gcd(s, cell.experts) == 1]
+    start, stride = draw(st.integers(0, cell.experts - 1)), draw(st.sampled_from(strides))
+    first = draw(st.integers(0, cell.world_size - 1))
+    order = [(start + i * stride) % cell.experts for i in range(cell.experts)]
+    # The last row wraps around, so that every row is full.
+    tokens = [
+        tuple(order[(t + j) % cell.experts] for j in range(cell.top_k)) for t in range(0, cell.experts, cell.top_k)
+    ]
+    per_round = cell.capacity * cell.world_size
+    built = []
+    for begin in range(0, len(tokens), per_round):
+        some = tokens[begin : begin + per_round]
+        rows = tuple(
+            tuple(some[(rank + first) % cell.world_size :: cell.world_size]) for rank in range(cell.world_size)
+        )
+        built.append(Round(Explicit(rows), "integers", draw(st.integers(0, _MAX_SEED))))
+    return Case(cell, tuple(built))
+
+
+@st.composite
 def cases(draw: st.DrawFn, cell: Cell, contract: Contract) -> Case:
-    """A case of the cell: one round when drained, two to four when free-running."""
+    """A case of the cell: one round when drained, two to four when free-running, and all experts for placement."""
+    if cell.check == "placement":
+        return draw(every_expert(cell))
     if cell.mode == "drained":
         return Case(cell, (draw(rounds(cell, contract, delays=False)),))
     length = draw(st.integers(2, 4))

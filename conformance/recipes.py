@@ -117,9 +117,17 @@ ARCHETYPES: dict[str, Callable[[Random, Site], list[int]]] = {
 
 
 def explicit_rows(
-    archetype: str, counts: Sequence[int], parameter: int, seed: int, *, experts: int, top_k: int, nodes: int
+    archetype: str,
+    counts: Sequence[int],
+    parameter: int,
+    seed: int,
+    *,
+    experts: int,
+    top_k: int,
+    nodes: int,
+    only: int | None = None,
 ) -> tuple[tuple[Row, ...], ...]:
-    """Rows ``[rank][token][slot]`` of a recipe.
+    """Rows ``[rank][token][slot]`` of a recipe; with ``only``, every other rank's are left empty.
 
     Raises:
         ValueError: the archetype is unknown.
@@ -128,8 +136,11 @@ def explicit_rows(
         raise ValueError(f"archetype is {archetype!r}; choose one of {', '.join(ARCHETYPES)}")
     draw = ARCHETYPES[archetype]
     world_size = len(counts)
-    rows = []
+    rows: list[tuple[Row, ...]] = []
     for rank, count in enumerate(counts):
+        if only is not None and rank != only:
+            rows.append(())
+            continue
         site = Site(experts, top_k, world_size, nodes, rank, parameter)
         random = Random(seed * 1_000_003 + rank)
         rows.append(tuple(tuple(draw(random, site)) for _ in range(count)))

@@ -86,27 +86,21 @@ def layer_output(
     n, hidden = rows.shape
     x, weight = rows.double().cpu(), weights.double().cpu()
     top_k = weight.shape[1]
-    reached = [destinations_of(row, experts_per_rank, world_size) for row in routing]
-    weight_sum = torch.tensor([len(ranks) for ranks in reached], dtype=torch.float64).reshape(n, 1) * weight
     ids = torch.tensor([list(row) for row in routing], dtype=torch.int64).reshape(n, top_k)
     valid = (ids >= 0) & (ids < experts_per_rank * world_size)
-    outputs = [weight[:, j : j + 1] * expert(ids[:, j].clamp(min=0), x) for j in range(top_k)]
-    per_node = world_size // nodes
-    sums = torch.zeros(3, nodes, n, hidden, dtype=torch.float64)  # value, lower, upper
-    magnitude = torch.zeros(nodes, n, hidden, dtype=torch.float64)
-    for rank in range(world_size):
-        mine = valid & (ids >= rank * experts_per_rank) & (ids < (rank + 1) * experts_per_rank)
-        if not bool(mine.any()):
-            continue
-        local = [torch.where(mine[:, j : j + 1], out, 0.0) for j, out in enumerate(outputs)]
-        partial = torch.stack(local).sum(0)
-        involved = mine.any(1, keepdim=True)
-        slack = torch.zeros_like(partial)
-        if not exact:
-            slack = torch.where(involved, 8 * top_k * 2.0**-24 * (torch.stack(local).abs().sum(0) + 1), 0.0)
-        for bound, shift in enumerate((0.0, -1.0, 1.0)):
-            sums[bound, rank // per_node] += round_half_even(partial + shift * slack, dtype)
-        magnitude[rank // per_node] += partial.abs()
+    outputs = torch.stack([weight[:, j : j + 1] * expert(ids[:, j].clamp(min=0), x) for j in range(top_k)], dim=1)
+    # share[t, r, j] is 1 where slot j of token t belongs to rank r.
+    rank_of = torch.where(valid, torch.div(ids, experts_per_rank, rounding_mode="floor"), -1)
+    share = (rank_of.unsqueeze(1) == torch.arange(world_size).reshape(1, world_size, 1)).double()
+    weight_sum = share.any(2).sum(1, keepdim=True) * weight
+    partial = share @ outputs  # [n, W, H], at most k terms each
+    bounds = partial.unsqueeze(0)
+    if not exact:
+        slack = 8 * top_k * 2.0**-24 * (share @ outputs.abs() + share.amax(2, keepdim=True))
+        bounds = torch.stack([partial, partial - slack, partial + slack])
+    stored = round_half_even(bounds, dtype)
+    sums = stored.reshape(stored.shape[0], n, nodes, world_size // nodes, hidden).sum(3)
+    magnitude = partial.abs().reshape(n, nodes, world_size // nodes, hidden).sum(2)
     roundings = world_size * every_addition_rounds
     value, lower, upper = _store_levels(sums, magnitude, nodes, dtype, exact, roundings)
     return Expected(value, lower, upper, weight_sum)
@@ -115,14 +109,19 @@ def layer_output(
 def _store_levels(
     sums: torch.Tensor, magnitude: torch.Tensor, nodes: int, dtype: torch.dtype, exact: bool, roundings: int
 ) -> tuple[torch.Tensor, ...]:
-    """Round ``sums [3, N, n, H]`` (value, lower, upper) per node if there are several, then their sum."""
+    """Round ``sums [1 or 3, n, N, H]`` (value, lower, upper) per node if there are several, then their sum."""
+    if exact and not roundings:
+        if nodes > 1:
+            sums = round_half_even(sums, dtype)
+        total = round_half_even(sums.sum(2), dtype)
+        return total[0], total[0], total[-1]
     shift = torch.tensor([0.0, -1.0, 1.0], dtype=torch.float64).reshape(3, 1, 1, 1)
     slack = torch.zeros_like(magnitude) if exact else 64 * 2.0**-24 * magnitude
-    sums = sums + shift * slack
+    sums = sums.expand(3, *magnitude.shape) + shift * slack
     if nodes > 1:
         sums = round_half_even(sums, dtype)
-    total = sums.sum(1) + shift[:, 0] * slack.sum(0)
+    total = sums.sum(2) + shift[:, 0] * slack.sum(1)
     # Each of the additions may lose half a unit of a partial sum, which sum|partial| bounds; 2 covers second order.
-    loss = 2 * roundings * 2.0 ** -_SIGNIFICAND_BITS[dtype] * magnitude.sum(0) if roundings else 0.0
+    loss = 2 * roundings * 2.0 ** -_SIGNIFICAND_BITS[dtype] * magnitude.sum(1) if roundings else 0.0
     total = round_half_even(total, dtype) + shift[:, 0] * loss
     return tuple(total)

@@ -1,8 +1,8 @@
 """The driver: sends cases to a pool, turns replies into outcomes, keeps the pool healthy.
 
-Outcomes are memoised by case id, so Hypothesis never sees a flake. After a failed case the operator is rebuilt, after a
-crash, hang, exception or lost lockstep the whole pool is replaced and must pass a canary exchange before it is used
-again. What the driver never does: import torch, open a device, or look at a tensor.
+After a failed case the operator is rebuilt, after a crash, hang, exception or lost lockstep the whole pool is replaced
+and must pass a canary exchange before it is used again. Every call runs the case; the harness remembers outcomes. What
+the driver never does: import torch, open a device, or look at a tensor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from conformance.cases import Case, Cell
 from conformance.engine.pool import Pool, PoolKey, PoolStartError, Reply, signal_name
 from conformance.engine.protocol import Answer, Build, Canary, Mismatch, Run
+from conformance.rank.main import BACKEND_PHASE
 from conformance.verdicts import Verdict
 
 BUILD_LIMIT_S = float(os.environ.get("EP_CONFORMANCE_BUILD_LIMIT_S", "120"))
@@ -105,6 +106,8 @@ class Driver:
             try:
                 self._pool = Pool(key)
             except PoolStartError as error:
+                self.restarts += 1
+                _raise_if_ours(error.reply, "start")
                 return _outcome_of(error.reply, "start")
             self._durations = []
             reply = self._pool.command(Canary, CANARY_LIMIT_S)
@@ -115,6 +118,7 @@ class Driver:
             reply = self._pool.command(Build, BUILD_LIMIT_S, cell=cell)
             if not reply.alive:
                 self.discard()
+                _raise_if_ours(reply, "build")
                 return _outcome_of(reply, "build")
             self._cell = cell
         return None
@@ -137,17 +141,13 @@ class Driver:
         started = time.monotonic()
         reply = self._pool.command(Run, limit_s or self._limit(), case=case)
         seconds = time.monotonic() - started
-        if reply.lost_lockstep:
-            self.discard()
-            raise InfraError("lost lockstep: " + reply.lost_lockstep)
-        broken = [a for a in reply.answers.values() if a.status == "harness"]
-        if broken and not reply.dead:
-            self.discard()
-            raise InfraError(f"the harness failed on rank {broken[0].rank} ({broken[0].kind}):\n{broken[0].text}")
-        outcome = _outcome_of(reply, "case", seconds)
         if not reply.alive:
             self.discard()
-        elif not outcome.passed:
+            _raise_if_ours(reply, "case")
+        outcome = _outcome_of(reply, "case", seconds)
+        if not reply.alive:
+            return outcome
+        if not outcome.passed:
             self.rebuild()  # its counters and buffers may be spoilt
         else:
             self._durations.append(seconds)
@@ -158,6 +158,25 @@ class Driver:
             return self.limits.first_s
         recent = self._durations[-50:]
         return max(self.limits.floor_s, self.limits.factor * statistics.median(recent))
+
+
+def _raise_if_ours(reply: Reply, stage: str) -> None:
+    """Raise if a reply tells of a failure of the harness or the machine rather than of the product.
+
+    Raises:
+        InfraError: lost lockstep, an exception in our own code, or a rank that got stuck before the backend was opened.
+    """
+    if reply.lost_lockstep:
+        raise InfraError(f"lost lockstep during {stage}: {reply.lost_lockstep}")
+    # A rank that dies takes the others' collectives down with it: its death explains their exceptions.
+    broken = _first(reply, "harness")
+    if broken is not None and not reply.dead:
+        raise InfraError(f"the harness failed on rank {broken.rank} during {stage} ({broken.kind}):\n{broken.text}")
+    stuck = {rank: phase for rank, phase in reply.phases.items() if rank in reply.dead or rank in reply.missing}
+    if stage == "start" and stuck and not any(p.startswith(BACKEND_PHASE) for p in stuck.values()):
+        if _first(reply, "raised") is None:
+            where = ", ".join(f"rank {rank} in {phase}" for rank, phase in sorted(stuck.items()))
+            raise InfraError(f"ranks did not come up, before any backend code ran: {where}")
 
 
 def _outcome_of(reply: Reply, stage: str, seconds: float = 0.0) -> Outcome:

@@ -32,6 +32,11 @@ class Inputs:
     def clone(self) -> Inputs:
         return Inputs(self.rows.clone(), self.ids.clone(), self.weights.clone())
 
+    def pick(self, tokens: list[int]) -> Inputs:
+        """The given tokens, in that order."""
+        index = torch.tensor(tokens, dtype=torch.int64, device=self.rows.device)
+        return Inputs(self.rows[index], self.ids[index], self.weights[index])
+
 
 def round_inputs(case: Case, index: int, rank: int, routing: Rows, device: torch.device) -> Inputs:
     """Inputs of round ``index`` on source ``rank``; always drawn on the CPU, so every device sees the same numbers."""

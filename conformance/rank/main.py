@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _F_SETSIG = 10
 _PHASE = struct.Struct("=i28s")
+#: Phase of a starting rank from which on the backend's code runs; what fails before it is not the product's fault.
+BACKEND_PHASE = "open backend"
 PHASE_BYTES = _PHASE.size
 
 
@@ -97,13 +99,19 @@ def _serve(
 ) -> None:
     from conformance.rank.session import RankSession
 
-    phase("start", 0)
-    session: RankSession | None = None
-    sequence = 0
+    last = "start"
+
+    def noted(name: str, index: int) -> None:
+        nonlocal last
+        last = name
+        phase(name, index)
+
+    noted("start", 0)
     try:
-        session = RankSession(setup, phase)
+        session = RankSession(setup, noted)
     except Exception as error:  # noqa: BLE001  whatever the library raises is reported, then the rank ends
-        connection.send_bytes(pack(_failed(setup.rank, 0, "raised", error)))
+        status: Status = "raised" if last == BACKEND_PHASE else "harness"
+        connection.send_bytes(pack(_failed(setup.rank, 0, status, error)))
         return
     connection.send_bytes(pack(Answer(0, setup.rank, "ready", text="preloaded" if preloaded else "cold")))
     while True:

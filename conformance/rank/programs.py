@@ -51,8 +51,9 @@ class Program:
     def run(self, case: Case, phase: SetPhase) -> tuple[Mismatch | None, float]:
         """Run and judge a case; the first failed check of this rank and the largest error/bound."""
         phase("inputs", 0)
-        routings = [wire_rows(case.cell, expand(case.cell, r.routing)) for r in case.rounds]
         context = self._context
+        only = None if self._by_oracle(case) else context.rank
+        routings = [wire_rows(case.cell, expand(case.cell, r.routing, only)) for r in case.rounds]
         inputs = [round_inputs(case, i, context.rank, r, context.device) for i, r in enumerate(routings)]
         handed = [one.clone() for one in inputs]
         phase("expected", 0)
@@ -62,8 +63,11 @@ class Program:
         return self._judge(inputs, seen, expected)
 
     # ------------------------------------------------------------------ expected results
+    def _by_oracle(self, case: Case) -> bool:
+        return self._judged_by == "oracle" or case.cell.check == "placement"
+
     def _expect(self, case: Case, index: int, routing: Rows, inputs: Inputs) -> Expectation:
-        if self._judged_by == "oracle" or case.cell.check == "placement":
+        if self._by_oracle(case):
             return self._expect_from_oracle(case, index, routing, inputs)
         cell, contract = case.cell, self._contract
         sent = dispatch_combine.dispatch(
@@ -87,7 +91,7 @@ class Program:
             grid=INTEGER_GRID if case.rounds[index].values == "integers" else None,
         )
         keys = torch.stack([sent.source_rank, sent.source_token], dim=1).cpu()
-        rows = ExpectedRows(keys, sent.rows, sent.ids, sent.weights, sum(map(len, routing)))
+        rows = ExpectedRows(keys, sent.rows, sent.ids, sent.weights, sum(case.token_counts()[index]))
         assert back.weights is not None
         return rows, ExpectedResult(acceptance, back.weights, outputs.dtype)
 
@@ -95,11 +99,13 @@ class Program:
         cell, rank, device = case.cell, self._context.rank, self._context.device
         per_rank, world_size = cell.experts // cell.world_size, cell.world_size
         keys = oracle.received_set(routing, rank, per_rank, world_size)
-        sources = {s: round_inputs(case, index, s, routing, device) for s in {source for source, _ in keys}}
-        picked = [(sources[s].rows[t], sources[s].ids[t], sources[s].weights[t]) for s, t in keys]
-        columns = (
-            [torch.stack(c) for c in zip(*picked, strict=True)] if picked else [t[:0] for t in vars(inputs).values()]
-        )
+        tokens: dict[int, list[int]] = {}
+        for source, token in keys:
+            tokens.setdefault(source, []).append(token)
+        # The keys ascend by source, and so do these.
+        parts = [round_inputs(case, index, s, routing, device).pick(t) for s, t in tokens.items()]
+        parts = parts or [inputs.pick([])]
+        columns = [torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "ids", "weights")]
         where = torch.tensor(keys, dtype=torch.int64).reshape(-1, 2)
         want = ExpectedRows(where, columns[0], columns[1], columns[2], sum(map(len, routing)))
         # Under round-robin placement position p of the rank-major list of owned experts is physical id p.

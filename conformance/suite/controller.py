@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import platform
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from accelerated.registry import backend
+from accelerated.contract import Standing
+from accelerated.registry import BackendError, backend
 from conformance import __version__
 from conformance.cases import Case, CaseError, decode
 from conformance.suite import preflight
@@ -52,8 +54,8 @@ def check_machine(options: Options) -> tuple[str, ...]:
 
 def plan_of(options: Options) -> Plan:
     """The plan that follows from the options."""
-    made = [(backend(n, options.arch), False) for n in options.backends]
-    made += [(backend(n, options.arch), True) for n in options.companions]
+    made = [(n, backend(n, options.arch), False) for n in options.backends]
+    made += [(n, backend(n, options.arch), True) for n in options.companions]
     plan = make_plan(
         made,
         tier=options.tier,
@@ -85,7 +87,9 @@ def replayed_cases(options: Options) -> list[tuple[Path, Case]]:
     found = []
     for path in files:
         try:
-            found.append((path, decode(path.read_bytes(), str(path))))
+            case = decode(path.read_bytes(), str(path))
+            _check_replay(path, case, options)
+            found.append((path, case))
         except OSError as error:
             raise pytest.UsageError(f"--replay {path} cannot be read ({error.strerror}); name a case.json") from error
         except CaseError as error:
@@ -141,7 +145,38 @@ def new_run_directory(options: Options) -> Path:
     raise pytest.UsageError(f"{options.records} is full of runs of this second; remove old ones")
 
 
-def planned_for(case: Case, options: Options) -> PlannedCell:
+def planned_for(case: Case) -> PlannedCell:
     """The planned cell of a replayed case; a recorded failure always gates."""
-    made = backend(case.cell.backend, options.arch)
-    return PlannedCell(case.cell, 1, claimed=True, companion=made.name not in options.backends)
+    return PlannedCell(case.cell, 1, claimed=True)
+
+
+def options_of_replay(options: Options, cases: list[Case]) -> Options:
+    """Options of a replay: its backends and EP sizes are those of the cases, so the banner tells what really ran."""
+    names = tuple(dict.fromkeys(case.cell.backend for case in cases))
+    sizes = tuple(sorted({case.cell.world_size for case in cases}))
+    return replace(options, backends=names, companions=(), ep_sizes=sizes)
+
+
+def _check_replay(path: Path, case: Case, options: Options) -> None:
+    """Whether the backend of a recorded case is to be had and takes it.
+
+    Raises:
+        pytest.UsageError: it is unknown, a stand-in where hardware is required, or refuses the case.
+    """
+    cell = case.cell
+    try:
+        made = backend(cell.backend, options.arch)
+    except BackendError as error:
+        raise pytest.UsageError(f"--replay {path}: {error}") from error
+    if options.require_hardware and made.standin:
+        raise pytest.UsageError(f"--require-hardware refuses --replay {path}: {cell.backend!r} is a stand-in")
+    support = made.support(cell.problem(), cell.kernel_type)
+    if support.standing is Standing.REFUSED or cell.kernel_type not in (
+        *made.kernel_types,
+        *getattr(made, "aliases", ()),
+    ):
+        reason = support.reason or f"choose one of {', '.join(made.kernel_types)}"
+        raise pytest.UsageError(
+            f"--replay {path}: backend {cell.backend!r} does not take kernel type {cell.kernel_type!r} with this "
+            f"problem: {reason}; leave the file out"
+        )

@@ -29,11 +29,12 @@ class Failure:
     original: Case
     minimal: Case
     outcome: Outcome
-    reproduced: bool
-    failed: int
-    repeats: int
-    tried: int
-    exhausted: bool
+    reproduced: bool = False
+    failed: int = 1  # of so many runs of the original, the first included
+    repeats: int = 1
+    tried: int = 0
+    exhausted: bool = False
+    cut_short: str = ""  # what stopped the analysis, if the harness or the machine failed meanwhile
     directory: Path = Path()
 
     @property
@@ -75,7 +76,9 @@ class Failure:
             )
         if self.exhausted:
             text += ", stopped by the reduction budget"
-        if not self.reproduced:
+        if self.cut_short:
+            text += f"; the analysis was cut short: {self.cut_short}"
+        elif not self.reproduced:
             text += "; the minimal case did not fail again on a fresh pool"
         return text
 

@@ -29,7 +29,8 @@ from conformance.engine.pool import stop_forkserver
 from conformance.engine.reducer import Reducer, Reduction
 from conformance.generation import cases
 from conformance.suite import coverage
-from conformance.suite.failure import Failure, failure_type
+from conformance.suite.draws import isolate_draws
+from conformance.suite.failure import ConformanceFailure, Failure, failure_type
 from conformance.suite.options import Options
 from conformance.suite.plan import PlannedCell
 from conformance.suite.records import BeginRecord, CellRecord, EndRecord, RecordWriter
@@ -61,6 +62,7 @@ class Harness:
         self._devices = devices
         self._driver: Driver | None = None
         self._driver_of = ""
+        isolate_draws()
         self.deadline = time.monotonic() + options.time_budget_s if options.tier == "explore" else math.inf
 
     def close(self) -> None:
@@ -109,6 +111,15 @@ class Harness:
                 raise
             except InfraError as error:
                 verdict, reason = Verdict.INFRA, str(error)
+                raise
+            except ConformanceFailure:
+                raise  # its verdict is the tally's
+            except Exception as error:
+                # Whatever else went wrong is ours: without this the record would say PASS.
+                verdict, reason = Verdict.INFRA, f"{type(error).__name__}: {error}"
+                raise
+            except BaseException:
+                verdict = Verdict.NOT_RUN  # interrupted by the user
                 raise
             finally:
                 if tally.failure is not None:
@@ -213,44 +224,52 @@ class Harness:
 
     # ------------------------------------------------------------------ failures
     def _analyse(self, driver: Driver, made: Backend, case: Case, outcome: Outcome, *, reduce: bool) -> Failure:
-        slow = outcome.verdict in (Verdict.CRASH, Verdict.HANG)
-        failed, repeats = self._rate(driver, case, outcome, 1 if slow else RATE_REPEATS)
-        rate = (failed + 1) / (repeats + 1)
-        attempts = (
-            1 if failed == repeats else min(MAX_REPEATS, math.ceil(math.log(MISS_PROBABILITY) / math.log(1 - rate)))
-        )
-        reduction = Reduction(case, 0, exhausted=False)
-        if reduce:
-            reduction = self._reduce(driver, made, case, outcome, attempts)
+        # What is known already stands, whatever happens to the harness from here on.
+        failure = Failure(made.name, made.standin, original=case, minimal=case, outcome=outcome)
+        try:
+            failure.failed, failure.repeats = self._rate(driver, case, outcome)
+            # What never fails again cannot be reduced: every candidate would be refused, at the highest price.
+            if reduce and failure.failed > 1:
+                attempts = _attempts(failure.failed, failure.repeats)
+                reduction = self._reduce(driver, made, case, outcome, attempts)
+                failure.minimal, failure.tried, failure.exhausted = (
+                    reduction.case,
+                    reduction.tried,
+                    reduction.exhausted,
+                )
+            self._confirm(driver, failure)
+        except InfraError as error:
+            failure.cut_short = str(error).partition("\n")[0]
+        return failure
+
+    def _confirm(self, driver: Driver, failure: Failure) -> None:
+        """Have the minimal case fail once more on a fresh pool; its outcome is the one to be reported."""
         driver.discard()
-        confirmed = outcome
-        for _ in range(max(attempts, 2)):
-            again = self._run(driver, reduction.case, "repeat")
-            if again.key == outcome.key:
-                confirmed = again
+        for _ in range(max(2, _attempts(failure.failed, failure.repeats) if failure.failed > 1 else 0)):
+            again = self._repeat(driver, failure.minimal, failure.outcome)
+            if again.key == failure.outcome.key:
+                failure.outcome, failure.reproduced = again, True
                 break
         driver.rebuild()
-        return Failure(
-            backend=made.name,
-            standin=made.standin,
-            original=case,
-            minimal=reduction.case,
-            outcome=confirmed,
-            reproduced=confirmed is not outcome,
-            failed=failed + 1,
-            repeats=repeats + 1,
-            tried=reduction.tried,
-            exhausted=reduction.exhausted,
-        )
 
-    def _rate(self, driver: Driver, case: Case, outcome: Outcome, most: int) -> tuple[int, int]:
-        """How often the case fails the same way when repeated: three times if always, more if not."""
-        failed = 0
-        for repeat in range(1, most + 1):
-            failed += self._run(driver, case, "repeat").key == outcome.key
-            if failed == repeat == 3 or (failed >= 2 and failed < repeat):
-                return failed, repeat
-        return failed, most
+    def _rate(self, driver: Driver, case: Case, outcome: Outcome) -> tuple[int, int]:
+        """Failures and runs, the first included.
+
+        What always fails is repeated three times; what does not, until it failed twice again or often enough not to.
+        A crash or a hang costs a pool, so one more of them is enough; repeats that pass cost little.
+        """
+        enough = 1 if outcome.verdict in (Verdict.CRASH, Verdict.HANG) else 3
+        again = 0
+        for repeat in range(1, RATE_REPEATS + 1):
+            again += self._repeat(driver, case, outcome).key == outcome.key
+            if again >= enough or 2 <= again < repeat:
+                break
+        return again + 1, repeat + 1
+
+    def _repeat(self, driver: Driver, case: Case, outcome: Outcome) -> Outcome:
+        """Run once more; what hung gets the limit of an ordinary case, though the pool is fresh."""
+        limit = driver.limits.floor_s if outcome.verdict is Verdict.HANG else None
+        return self._run(driver, case, "repeat", limit_s=limit)
 
     def _reduce(self, driver: Driver, made: Backend, case: Case, outcome: Outcome, attempts: int) -> Reduction:
         costly = 0
@@ -272,6 +291,13 @@ class Harness:
 
 
 EXPLORE_BATCHES = 1000
+
+
+def _attempts(failed: int, runs: int) -> int:
+    """Runs after which a candidate that fails at this rate, the first failure aside, was seen to with near certainty."""
+    if failed == runs:
+        return 1
+    return min(MAX_REPEATS, math.ceil(math.log(MISS_PROBABILITY) / math.log(1 - failed / runs)))
 
 
 class MistrustedError(Exception):

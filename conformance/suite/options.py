@@ -136,6 +136,7 @@ def read_options(config: pytest.Config) -> Options:
     kernel_types = tuple(config.getoption("--kernel-type") or ())
     _check_kernel_types(kernel_types, names, arch)
     output = Path(config.getoption("--output-dir")).absolute()
+    explore_seed = config.getoption("--explore-seed")
     return Options(
         backends=names,
         companions=companions,
@@ -148,7 +149,7 @@ def read_options(config: pytest.Config) -> Options:
         only_models=bool(config.getoption("--model")),
         require_hardware=bool(config.getoption("--require-hardware")),
         output=output,
-        seed=config.getoption("--explore-seed") or time.time_ns() % 2**31,
+        seed=time.time_ns() % 2**31 if explore_seed is None else explore_seed,
         time_budget_s=config.getoption("--time-budget"),
         reduce_budget_s=config.getoption("--reduce-budget"),
         replay=tuple(Path(p).absolute() for p in config.getoption("--replay") or ()),

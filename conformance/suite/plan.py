@@ -107,7 +107,7 @@ class Plan:
 
 
 def make_plan(
-    backends: Sequence[tuple[Backend, bool]],
+    backends: Sequence[tuple[str, Backend, bool]],
     *,
     tier: str,
     ep_sizes: Sequence[int],
@@ -118,7 +118,8 @@ def make_plan(
     """Cross backends, kernel types, EP sizes and slots; ask each backend what it supports.
 
     Args:
-        backends: (backend, is companion) pairs.
+        backends: (name to ask the registry for, backend, is companion); the name goes into the cells, because ranks
+            and replays construct the backend from it.
         tier: smoke, gate or explore.
         ep_sizes: EP sizes to plan.
         kernel_types: kernel types to keep, all if empty.
@@ -128,7 +129,7 @@ def make_plan(
     cells: list[PlannedCell] = []
     refused: dict[tuple[str, str, int, int, str], Unsupported] = {}
     turn = 0
-    for backend, companion in backends:
+    for name, backend, companion in backends:
         wanted = list(backend.kernel_types)
         if kernel_types and not companion:
             offered = (*backend.kernel_types, *getattr(backend, "aliases", ()))
@@ -145,10 +146,10 @@ def make_plan(
                         shapes = models if every else [models[turn % len(models)]]
                         turn += 1
                     for shape in shapes:
-                        found = _cell(backend, kernel_type, world_size, nodes, slot, shape)
+                        found = _cell(name, backend, kernel_type, world_size, nodes, slot, shape)
                         if isinstance(found, Unsupported):
                             refused[(found.backend, found.kernel_type, world_size, nodes, found.reason)] = found
-                        elif found is not None:
+                        else:
                             examples = slot.examples_at(world_size) if world_size >= min(slot.examples) else 0
                             if examples:
                                 cells.append(PlannedCell(found[0], examples, found[1], companion))
@@ -165,22 +166,28 @@ def _topologies(ep_sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _cell(
-    backend: Backend, kernel_type: str, world_size: int, nodes: int, slot: Slot, shape: ModelShape | None
-) -> tuple[Cell, bool] | Unsupported | None:
-    """A cell and whether it is claimed, the refusal, or None where the combination means nothing."""
-    cell = cell_for(backend.name, kernel_type, world_size, nodes, slot, shape)
+    name: str,
+    backend: Backend,
+    kernel_type: str,
+    world_size: int,
+    nodes: int,
+    slot: Slot,
+    shape: ModelShape | None,
+) -> tuple[Cell, bool] | Unsupported:
+    """A cell and whether it is claimed, or the refusal."""
+    cell = cell_for(name, kernel_type, world_size, nodes, slot, shape)
     try:
         problem = cell.problem()
     except ProblemError as error:
-        return Unsupported(backend.name, kernel_type, world_size, nodes, str(error))
+        return Unsupported(name, kernel_type, world_size, nodes, str(error))
     support = backend.support(problem, kernel_type)
     if support.standing is Standing.REFUSED and slot.geometry is WIDE:
         # A kernel type that stops at eight slots still gets the wide layer, with eight.
         problem = Problem(world_size, cell.hidden, cell.experts, 8, cell.capacity, cell.dtype, nodes)
         support = backend.support(problem, kernel_type)
-        cell = cell_for(backend.name, kernel_type, world_size, nodes, slot, shape, top_k=8)
+        cell = cell_for(name, kernel_type, world_size, nodes, slot, shape, top_k=8)
     if support.standing is Standing.REFUSED:
-        return Unsupported(backend.name, kernel_type, world_size, nodes, support.reason)
+        return Unsupported(name, kernel_type, world_size, nodes, support.reason)
     return cell, support.standing is Standing.CLAIMED
 
 

@@ -5,7 +5,6 @@ Nothing here outlives the pytest process; what must survive is in the records.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,6 @@ from conformance.suite import controller
 from conformance.suite.options import Options
 from conformance.suite.plan import Plan, PlannedCell
 from conformance.suite.summary import Totals
-
-#: Hypothesis harvests constants from loaded local modules: all of them are loaded before the first draw, so that a
-#: draw does not depend on what happened to be imported.
-_DRAW_MODULES = (
-    "accelerated.allgather",
-    "accelerated.mori_ep.backend",
-    "accelerated.reference_backend",
-    "conformance.engine.driver",
-    "conformance.generation",
-    "conformance.rank.main",
-    "conformance.suite.harness",
-    "reference.catalogue",
-    "reference.placement",
-)
-
-
-def preload_draw_modules() -> None:
-    """Import every module of ours that a driver ever loads."""
-    for name in _DRAW_MODULES:
-        importlib.import_module(name)
 
 
 @dataclass
@@ -55,7 +34,8 @@ class RunState:
         if self.options.tier == "replay":
             found = controller.replayed_cases(self.options)
             self.replays = tuple(found)
-            self.items = tuple(replace(controller.planned_for(case, self.options)) for _, case in found)
+            self.options = controller.options_of_replay(self.options, [case for _, case in found])
+            self.items = tuple(controller.planned_for(case) for _, case in found)
             return
         self.plan = controller.plan_of(self.options)
         self.items = self.plan.cells
