@@ -1,10 +1,14 @@
 """Acceptance intervals of the combine sum, derived from formats and from the declared contract, never chosen by hand.
 
-Model: the contributions of the destination ranks are exact inputs; they are added in float32 in any order (|error| <=
-gamma(c-1) * sum|term| for c contributions, Higham, Accuracy and Stability of Numerical Algorithms, eq. 4.4), then stored
-with one rounding to nearest even per declared level. Because rounding is monotone, the interval of results is
-[round(lowest float32 sum), round(highest float32 sum)]: sound for every order, and reached by some.
-What an accepted result does not prove: that the backend sums in the order it declares.
+Model: the contributions of the destination ranks are exact inputs; c of them are added in any order by c - 1 additions
+that round to nearest. All additions but the last change a contribution by at most c - 2 factors (1 + d), |d| <= u, so
+what the last one adds up differs from the exact sum by at most gamma(c-2) * sum|term| (Higham, Accuracy and Stability of
+Numerical Algorithms, section 4.2, eq. 3.4 and lemma 3.1). The last addition and the store only round, and rounding is
+monotone: the interval of results is [round(lowest sum), round(highest sum)], sound for every order; two contributions
+have one result. Sums and underflow: adding two numbers of a format is exact where the result is subnormal, so no
+absolute term is needed. Levels compose: the stored intervals of one level are the addends of the next.
+What an accepted result does not prove: that the backend sums in the order it declares. Not covered: NaN, infinities,
+overflow, and devices that flush subnormals.
 """
 
 from __future__ import annotations
@@ -18,12 +22,15 @@ from reference.rounding import round_to
 UNIT_FLOAT32 = 2.0**-24
 UNIT_FLOAT64 = 2.0**-53
 UNIT_BFLOAT16 = 2.0**-8
-_UNIT = {torch.float32: UNIT_FLOAT32, torch.bfloat16: UNIT_BFLOAT16}
+_FLOAT32_BITS, _BFLOAT16_BITS = 24, 8
 
 
 @dataclass
 class Acceptance:
-    """Every result in ``[lower, upper]`` is acceptable; ``value`` is the correctly rounded one. All float64, same shape."""
+    """Every result in ``[lower, upper]`` is acceptable; ``value`` is the exact sum of each level, stored.
+
+    All float64, same shape; ``lower <= value <= upper``.
+    """
 
     value: torch.Tensor
     lower: torch.Tensor
@@ -38,8 +45,8 @@ class Acceptance:
         result = result.double()
         error = (result - self.value).abs()
         room = torch.where(result > self.value, self.upper - self.value, self.value - self.lower)
-        ratio = torch.where(error == 0, 0.0, error / room)
-        return torch.where(result == self.value, 0.0, torch.nan_to_num(ratio, nan=torch.inf))
+        ratio = torch.nan_to_num(error / room, nan=torch.inf, posinf=torch.inf)
+        return torch.where(result == self.value, 0.0, ratio)
 
 
 def gamma(count: torch.Tensor, unit: float) -> torch.Tensor:
@@ -52,31 +59,6 @@ def round_up_to_float32(value: torch.Tensor) -> torch.Tensor:
     """Least float32 that is not below a float64 ``value``."""
     near = value.float()
     return torch.where(near.double() < value, torch.nextafter(near, torch.full_like(near, torch.inf)), near)
-
-
-def _store(low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float64 interval of results after a float32 value in ``[low, high]`` is stored as ``dtype``."""
-    lowest = round_up_to_float32(low)
-    highest = -round_up_to_float32(-high)
-    return round_to(lowest, dtype).double(), round_to(highest, dtype).double()
-
-
-def _nearest(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The float32 number nearest to a float64 ``value``, stored as ``dtype``; float64."""
-    return round_to(value.float(), dtype).double()
-
-
-def _float32_slack(count: torch.Tensor, magnitude: torch.Tensor, grid: float | None) -> torch.Tensor:
-    """Largest distance between a float32 sum of ``count`` terms in any order and the exact sum.
-
-    Zero where every partial sum is exact: at most one term, or terms that are multiples of ``grid`` and too small to
-    leave the 24-bit significand.
-    """
-    slack = (gamma(count - 1, UNIT_FLOAT32) + count * UNIT_FLOAT64) * magnitude
-    exact = count <= 1
-    if grid is not None:
-        exact = exact | (magnitude <= grid * 2.0**24)
-    return torch.where(exact, 0.0, slack)
 
 
 def combine_acceptance(
@@ -100,38 +82,65 @@ def combine_acceptance(
 
     Returns:
         Acceptance of shape ``[n, H]``.
+
+    Raises:
+        ValueError: per-node levels together with element accumulation, which no contract declares.
     """
+    if nodes > 1 and element_accumulation:
+        raise ValueError("node levels are modelled for float32 accumulation only; pass nodes=1")
     world_size, n, hidden = terms.shape
-    exact = terms.double()
-    if element_accumulation:
-        total, magnitude = exact.sum(0), exact.abs().sum(0)
-        count = destinations.sum(1, keepdim=True)
-        # One addition: computed in float32 or directly, then rounded to the element type.
-        unit = _UNIT[dtype] + 2 * UNIT_FLOAT32
-        slack = gamma(count - 1, unit) * magnitude
-        return Acceptance(_nearest(total, dtype), total - slack, total + slack)
+    addends = terms.double()
+    # Every addition of float32 elements is a float32 addition.
+    if element_accumulation and dtype != torch.float32:
+        return _sum_in_bfloat16(addends, destinations.sum(1, keepdim=True), grid)
     if nodes == 1:
-        total, magnitude = exact.sum(0), exact.abs().sum(0)
-        slack = _float32_slack(destinations.sum(1, keepdim=True), magnitude, grid)
-        return Acceptance(_nearest(total, dtype), *_store(total - slack, total + slack, dtype))
-    by_node = exact.reshape(nodes, world_size // nodes, n, hidden)
+        addend = Acceptance(addends, addends, addends)
+        return _sum_in_float32(addend, destinations.sum(1, keepdim=True), dtype, grid)
+    # [ranks of a node, N, n, H] and [N, n, 1]
+    addends = addends.reshape(nodes, world_size // nodes, n, hidden).transpose(0, 1)
     count = destinations.reshape(n, nodes, world_size // nodes).sum(2).t().unsqueeze(2)
-    total, magnitude = by_node.sum(1), by_node.abs().sum(1)
-    slack = _float32_slack(count, magnitude, grid)
-    lower, upper = _store(total - slack, total + slack, dtype)
-    return _sum_of_nodes(_nearest(total, dtype), lower, upper, (count > 0).sum(0), dtype, grid)
+    partial = _sum_in_float32(Acceptance(addends, addends, addends), count, dtype, grid)
+    return _sum_in_float32(partial, (count > 0).sum(0), dtype, grid)
 
 
-def _sum_of_nodes(
-    value: torch.Tensor,
-    lower: torch.Tensor,
-    upper: torch.Tensor,
-    count: torch.Tensor,
-    dtype: torch.dtype,
-    grid: float | None,
-) -> Acceptance:
-    """Second level: float32 sum of the stored partial sums ``[N, n, H]``, ``count [n, 1]`` of them present."""
-    magnitude = torch.maximum(lower.abs(), upper.abs()).sum(0)
-    slack = _float32_slack(count, magnitude, grid)
-    stored = _store(lower.sum(0) - slack, upper.sum(0) + slack, dtype)
-    return Acceptance(_nearest(value.sum(0), dtype), *stored)
+def _sum_in_float32(addend: Acceptance, count: torch.Tensor, dtype: torch.dtype, grid: float | None) -> Acceptance:
+    """Sum over dimension 0, of which ``count`` entries take part, in float32 in any order, stored as ``dtype``."""
+    slack = _slack(addend, count, UNIT_FLOAT32, _FLOAT32_BITS, grid)
+
+    def store(exact_sum: torch.Tensor) -> torch.Tensor:
+        return round_to(exact_sum.float(), dtype).double()
+
+    return Acceptance(
+        store(addend.value.sum(0)), store(addend.lower.sum(0) - slack), store(addend.upper.sum(0) + slack)
+    )
+
+
+def _sum_in_bfloat16(terms: torch.Tensor, count: torch.Tensor, grid: float | None) -> Acceptance:
+    """Sum over dimension 0 with a rounding to bfloat16 after every addition, in any order."""
+    # An addition may be computed in float32 first: two roundings, (1 + u16)(1 + u32) - 1.
+    unit = (1 + UNIT_BFLOAT16) * (1 + UNIT_FLOAT32) - 1
+    slack = _slack(Acceptance(terms, terms, terms), count, unit, _BFLOAT16_BITS, grid)
+    total = terms.sum(0)
+    # The last addition too may round once or twice; rounding outwards to float32 first covers both.
+    lowest, highest = -round_up_to_float32(slack - total), round_up_to_float32(total + slack)
+    low, value, high = (round_to(x, torch.bfloat16).double() for x in (lowest, total.float(), highest))
+    return Acceptance(value, low, high)
+
+
+def _slack(addend: Acceptance, count: torch.Tensor, unit: float, bits: int, grid: float | None) -> torch.Tensor:
+    """How far the operands of the last addition, summed exactly, may be from the float64 sum of the addends.
+
+    Zero where every partial sum is exact: at most two addends, or addends that are multiples of ``grid`` with partial
+    sums that fit a significand of ``bits`` bits.
+    """
+    sizes = torch.maximum(addend.lower.abs(), addend.upper.abs())
+    magnitude = sizes.sum(0)
+    exact = count <= 2
+    if grid is not None:
+        exact = exact | (magnitude <= grid * 2.0**bits)
+    slack = torch.where(exact, 0.0, gamma(count - 2, unit) * magnitude)
+    # A float32 x is a multiple of |x| / 2**24 or more: float64 sums of at most 2**29 times the least |x| are exact.
+    ends = torch.minimum(addend.lower.abs(), addend.upper.abs())
+    least = torch.where(ends == 0, torch.where(sizes == 0, torch.inf, sizes), ends).amin(0)
+    inexact = (count > 1) & (magnitude > least * 2.0**29)
+    return slack + torch.where(inexact, count * UNIT_FLOAT64 * magnitude, 0.0)

@@ -113,7 +113,10 @@ class _Unpacker:
         width = like.shape[1] * like.element_size()
         columns = self._packed[:, self._offset : self._offset + width]
         self._offset += width
-        return columns.contiguous().view(like.dtype).reshape(self._packed.shape[0], like.shape[1])
+        # A copy in any case: the columns of a single row count as contiguous where they are, at an offset that an
+        # element of several bytes may not have.
+        own = columns.clone(memory_format=torch.contiguous_format)
+        return own.view(like.dtype).reshape(self._packed.shape[0], like.shape[1])
 
 
 def dispatch(
@@ -129,7 +132,8 @@ def dispatch(
 
     Args:
         rows: ``[n, H]``, any element type, moved as bytes; n may differ per rank and may be 0.
-        ids: ``[n, k]`` int32 or int64 global expert ids; ids outside ``[0, W * experts_per_rank)`` go nowhere.
+        ids: ``[n, k]`` int32, or int64 that fit int32, global expert ids; ids outside ``[0, W * experts_per_rank)``
+            go nowhere.
         weights: ``[n, k]`` float32.
         scales: ``[n, S]`` of any element type, or None; given on all ranks or on none.
         experts_per_rank: experts that each rank owns.
@@ -195,7 +199,8 @@ def combine(
         group: process group of the W ranks.
 
     Raises:
-        ValueError: ``expert_rows`` does not have one row per received row, or ``fold`` is unknown.
+        ValueError: ``expert_rows`` does not have one row per received row, ``fold`` is unknown, or ``nodes`` does not
+            divide the ranks.
     """
     if expert_rows.shape[0] != dispatched.rows.shape[0]:
         raise ValueError(
@@ -203,12 +208,14 @@ def combine(
         )
     if fold not in ("first", "last"):
         raise ValueError(f"fold is {fold!r}; choose 'first' or 'last'")
+    n, world_size = dispatched.destinations.shape
+    if world_size % nodes:
+        raise ValueError(f"nodes is {nodes}; it must divide the {world_size} ranks")
     columns = [expert_rows, *([] if weights is None else [weights])]
     packed = torch.cat([_bytes(column) for column in columns], dim=1)
     returned = _exchange(packed, dispatched.receive_counts, dispatched.send_counts, group)
     unpack = _Unpacker(returned)
     rank, token = dispatched.send_index
-    n, world_size = dispatched.destinations.shape
     terms = torch.zeros(world_size, n, expert_rows.shape[1], dtype=torch.float32, device=expert_rows.device)
     terms[rank, token] = unpack.take(expert_rows).float()
     weight_sum = None

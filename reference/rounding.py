@@ -10,7 +10,13 @@ import torch
 
 
 def round_to_bfloat16(value: torch.Tensor) -> torch.Tensor:
-    """Round float32 to the nearest bfloat16, ties to even; returned as float32 of the same shape. NaN stays NaN."""
+    """Round float32 to the nearest bfloat16, ties to even; returned as float32 of the same shape. NaN stays NaN.
+
+    Raises:
+        ValueError: ``value`` is not float32; its bits would be misread.
+    """
+    if value.dtype != torch.float32:
+        raise ValueError(f"value is {value.dtype}; round float32 tensors only")
     bits = value.view(torch.int32)
     # Adding half a unit less one, plus the lowest kept bit, carries exactly when the value must round up.
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from accelerated.contract import Contract, ReceiveLayout, RowOrder
+from accelerated.contract import Contract, RowOrder
 from conformance.engine.protocol import Mismatch
 from conformance.rank.inputs import Inputs, read_tags
 from reference.bounds import Acceptance
@@ -21,13 +21,12 @@ from reference.bounds import Acceptance
 
 @dataclass
 class ExpectedRows:
-    """Rows a rank must receive, ascending by (source rank, token); ``keys [R, 2]`` int64 on the host."""
+    """Rows a rank must receive under its layout, ascending by (source rank, token); ``keys [R, 2]`` int64 on the host."""
 
     keys: torch.Tensor
     rows: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
-    everywhere: int  # rows an every-row-everywhere layout delivers
 
 
 @dataclass
@@ -42,6 +41,7 @@ class Observed:
     output: torch.Tensor
     combined_weights: torch.Tensor | None
     inputs: Inputs  # the tensors that were handed to the backend
+    source_map_promised: bool = False
 
 
 @dataclass
@@ -69,20 +69,19 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
 
 def judge_dispatch(index: int, seen: Observed, want: ExpectedRows, contract: Contract) -> Mismatch | None:
     """Compare received rows with the expected ones; None if they agree."""
-    count = int(seen.count.item())
-    every_row = contract.receive_layout is ReceiveLayout.EVERY_ROW
-    expected_count = want.everywhere if every_row else want.keys.shape[0]
-    if count != expected_count or count > seen.rows.shape[0]:
+    count, room = int(seen.count.item()), seen.rows.shape[0]
+    expected_count = want.keys.shape[0]
+    if malformed := _malformed(seen, want):
+        return Mismatch("dispatch.layout", index, malformed)
+    if count != expected_count or count > room:
         # The count alone says too little: name the rows as well where they can be read.
-        detail = _row_set_difference(seen, want, min(max(count, 0), seen.rows.shape[0]), index) if not every_row else ""
-        message = f"received {count} rows, expected {expected_count}" + (f"; {detail}" if detail else "")
+        detail = _row_set_difference(seen, want, min(max(count, 0), room), index)
+        message = f"received {count} rows in a buffer of {room}, expected {expected_count}"
+        message += f"; {detail}" if detail else ""
         return Mismatch("dispatch.count", index, message, got=str(count), wanted=str(expected_count))
     rows, ids, weights = seen.rows[:count], seen.ids[:count], seen.weights[:count]
     tags = read_tags(rows).cpu()
     keys = tags[:, :2]
-    if every_row:
-        kept = _local_rows(keys, want)
-        rows, ids, weights, keys, tags = rows[kept], ids[kept], weights[kept], keys[kept], tags[kept]
     width = 1 << 32
     flat = keys[:, 0] * width + keys[:, 1]
     order = torch.argsort(flat, stable=True)
@@ -97,17 +96,19 @@ def judge_dispatch(index: int, seen: Observed, want: ExpectedRows, contract: Con
     ):
         if not same_bits(got, wanted):
             return _unequal(f"dispatch.{name}", index, got, wanted, want.keys)
-    if seen.source_map is not None and not torch.equal(
-        seen.source_map.cpu(), read_tags(seen.rows[:count]).cpu()[:, :2]
-    ):
-        return _bad_source_map(index, seen, count)
-    return _bad_order(index, keys, flat, contract.row_order)
+    return _bad_source_map(index, seen, keys) or _bad_order(index, keys, flat, contract.row_order)
 
 
-def _local_rows(keys: torch.Tensor, want: ExpectedRows) -> torch.Tensor:
-    """Positions of the rows that carry a local expert, for a layout that delivers every row everywhere."""
-    width = 1 << 32
-    return torch.isin(keys[:, 0] * width + keys[:, 1], want.keys[:, 0] * width + want.keys[:, 1]).nonzero().flatten()
+def _malformed(seen: Observed, want: ExpectedRows) -> str:
+    """How the received tensors differ in element type, width or number of rows from each other or from the contract."""
+    for name in ("rows", "ids", "weights"):
+        got, wanted = getattr(seen, name), getattr(want, name)
+        if got.dtype != wanted.dtype or got.shape[1:] != wanted.shape[1:] or got.shape[0] != seen.rows.shape[0]:
+            return (
+                f"received {name} are {list(got.shape)} {got.dtype} next to {seen.rows.shape[0]} rows, "
+                f"expected {wanted.shape[1]} columns of {wanted.dtype}"
+            )
+    return ""
 
 
 def _row_set_difference(seen: Observed, want: ExpectedRows, count: int, index: int) -> str:
@@ -157,17 +158,23 @@ def _unequal(check: str, index: int, got: torch.Tensor, wanted: torch.Tensor, ke
     )
 
 
-def _bad_source_map(index: int, seen: Observed, count: int) -> Mismatch:
-    assert seen.source_map is not None
-    tags, reported = read_tags(seen.rows[:count]).cpu()[:, :2], seen.source_map.cpu()
+def _bad_source_map(index: int, seen: Observed, tags: torch.Tensor) -> Mismatch | None:
+    """Compare the backend's own source map with the (source rank, token) tags of the rows."""
+    check = "dispatch.source_map"
+    if seen.source_map is None:
+        if not seen.source_map_promised:
+            return None
+        return Mismatch(check, index, "the contract promises a source map, none came back")
+    reported = seen.source_map.cpu()
     if tags.shape != reported.shape:
-        message = f"the backend's source map has {reported.shape[0]} entries for {count} rows"
-        return Mismatch("dispatch.source_map", index, message)
-    row = int((tags != reported).any(1).nonzero()[0])
+        message = f"the backend's source map has {reported.shape[0]} entries for {tags.shape[0]} rows"
+        return Mismatch(check, index, message, got=str(list(reported.shape)), wanted=str(list(tags.shape)))
+    wrong = (tags != reported).any(1).nonzero()
+    if not wrong.numel():
+        return None
+    row = int(wrong[0])
     message = f"row {row} carries the tag {tuple(tags[row].tolist())} but the backend's source map says otherwise"
-    return Mismatch(
-        "dispatch.source_map", index, message, got=str(reported[row].tolist()), wanted=str(tags[row].tolist())
-    )
+    return Mismatch(check, index, message, got=str(reported[row].tolist()), wanted=str(tags[row].tolist()))
 
 
 def _bad_order(index: int, keys: torch.Tensor, flat: torch.Tensor, promised: RowOrder) -> Mismatch | None:
@@ -200,7 +207,7 @@ def judge_combine(
         return None, worst
     if seen.combined_weights is None:
         return Mismatch("combine.weights", index, "the contract promises combined weights, none came back"), worst
-    if not torch.equal(seen.combined_weights, want.weights):
+    if seen.combined_weights.dtype != want.weights.dtype or not torch.equal(seen.combined_weights, want.weights):
         return _unequal_weights(index, seen.combined_weights, want.weights), worst
     return None, worst
 
@@ -225,10 +232,9 @@ def _bad_output(index: int, seen: Observed, expected: Acceptance, ratio: torch.T
 
 
 def _unequal_weights(index: int, got: torch.Tensor, wanted: torch.Tensor) -> Mismatch:
-    if got.shape != wanted.shape:
-        return Mismatch(
-            "combine.weights", index, f"combined weights have shape {list(got.shape)}", wanted=str(list(wanted.shape))
-        )
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        message = f"combine returned weights {list(got.shape)} {got.dtype}"
+        return Mismatch("combine.weights", index, message, got=message, wanted=f"{list(wanted.shape)} {wanted.dtype}")
     token, slot = (got != wanted).nonzero()[0].tolist()
     return Mismatch(
         "combine.weights",

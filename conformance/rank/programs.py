@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from accelerated.contract import Accumulation, Contract
+from accelerated.contract import Accumulation, Contract, ReceiveLayout
 from accelerated.interface import Operation, RankContext, Received
 from conformance.cases import Case, Rows, expand
 from conformance.engine.protocol import Mismatch
@@ -34,6 +34,11 @@ from reference.bounds import Acceptance, combine_acceptance
 
 Expectation = tuple[ExpectedRows, ExpectedResult]
 SetPhase = Callable[[str, int], None]
+
+
+def _grid(case: Case, index: int) -> float | None:
+    """Power of two that everything the experts compute is a multiple of, where the values promise one."""
+    return INTEGER_GRID if case.rounds[index].values == "integers" else None
 
 
 class Program:
@@ -88,44 +93,51 @@ class Program:
             outputs.dtype,
             nodes=nodes,
             element_accumulation=contract.accumulation is Accumulation.ELEMENT,
-            grid=INTEGER_GRID if case.rounds[index].values == "integers" else None,
+            grid=_grid(case, index),
         )
-        keys = torch.stack([sent.source_rank, sent.source_token], dim=1).cpu()
-        rows = ExpectedRows(keys, sent.rows, sent.ids, sent.weights, sum(case.token_counts()[index]))
         assert back.weights is not None
-        return rows, ExpectedResult(acceptance, back.weights, outputs.dtype)
+        result = ExpectedResult(acceptance, back.weights, outputs.dtype)
+        if contract.receive_layout is ReceiveLayout.EVERY_ROW:
+            return self._expected_rows(case, index, routing), result
+        keys = torch.stack([sent.source_rank, sent.source_token], dim=1).cpu()
+        return ExpectedRows(keys, sent.rows, sent.ids, sent.weights), result
 
-    def _expect_from_oracle(self, case: Case, index: int, routing: Rows, inputs: Inputs) -> Expectation:
-        cell, rank, device = case.cell, self._context.rank, self._context.device
-        per_rank, world_size = cell.experts // cell.world_size, cell.world_size
-        keys = oracle.received_set(routing, rank, per_rank, world_size)
-        tokens: dict[int, list[int]] = {}
-        for source, token in keys:
-            tokens.setdefault(source, []).append(token)
-        # The keys ascend by source, and so do these.
-        parts = [round_inputs(case, index, s, routing, device).pick(t) for s, t in tokens.items()]
-        parts = parts or [inputs.pick([])]
-        columns = [torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "ids", "weights")]
+    def _expected_rows(self, case: Case, index: int, routing: Rows) -> ExpectedRows:
+        """Rows this rank must receive, each built again from its source's draws."""
+        cell, device = case.cell, self._context.device
+        if self._contract.receive_layout is ReceiveLayout.EVERY_ROW:
+            keys = [(source, token) for source, rows in enumerate(routing) for token in range(len(rows))]
+        else:
+            per_rank = cell.experts // cell.world_size
+            keys = oracle.received_set(routing, self._context.rank, per_rank, cell.world_size)
         where = torch.tensor(keys, dtype=torch.int64).reshape(-1, 2)
-        want = ExpectedRows(where, columns[0], columns[1], columns[2], sum(map(len, routing)))
+        sent = [round_inputs(case, index, source, routing, device) for source in range(cell.world_size)]
+        picked = [where[where[:, 0] == source, 1].to(device) for source in range(cell.world_size)]
+        rows, ids, weights = (
+            torch.cat([getattr(one, name)[tokens] for one, tokens in zip(sent, picked, strict=True)])
+            for name in ("rows", "ids", "weights")
+        )
+        return ExpectedRows(where, rows, ids, weights)
+
+    def _result_of_oracle(self, case: Case, index: int, routing: Rows, inputs: Inputs) -> ExpectedResult:
+        cell, device = case.cell, self._context.device
         # Under round-robin placement position p of the rank-major list of owned experts is physical id p.
-        names = torch.arange(cell.experts)
-        if cell.placement == "round_robin":
-            names = torch.cat([torch.arange(r, cell.experts, world_size) for r in range(world_size)])
+        owned = [g for r in range(cell.world_size) for g in range(r, cell.experts, cell.world_size)]
+        name = (lambda e: owned[e]) if cell.placement == "round_robin" else (lambda e: e)
         answer = oracle.layer_output(
             inputs.rows,
-            routing[rank],
+            routing[self._context.rank],
             inputs.weights,
-            lambda ids, x: dense_experts(names[ids], x),
-            experts_per_rank=per_rank,
-            world_size=world_size,
+            lambda e, x: dense_expert(name(e), x),
+            experts_per_rank=cell.experts // cell.world_size,
+            world_size=cell.world_size,
             dtype=DTYPES[cell.dtype],
             nodes=cell.nodes if self._contract.node_levels else 1,
-            exact=case.rounds[index].values == "integers",
+            grid=_grid(case, index),
             every_addition_rounds=self._contract.accumulation is Accumulation.ELEMENT,
         )
         acceptance = Acceptance(answer.value.to(device), answer.lower.to(device), answer.upper.to(device))
-        return want, ExpectedResult(acceptance, answer.weights.float().to(device), DTYPES[cell.dtype])
+        return ExpectedResult(acceptance, answer.weights.float().to(device), DTYPES[cell.dtype])
 
     # ------------------------------------------------------------------ the backend
     def _round(self, case: Case, index: int, inputs: Inputs, phase: SetPhase) -> Observed:
@@ -136,6 +148,7 @@ class Program:
         phase("prepare", index)
         received = self._operation.prepare(inputs.rows, inputs.ids, inputs.weights)
         source_map = None
+        promised = drained and self._contract.source_map
         if drained:
             self._synchronise()
             if received.source_map is not None:
@@ -149,7 +162,7 @@ class Program:
         if drained:
             self._synchronise()
         weights = None if combined.weights is None else combined.weights.clone()
-        return Observed(*kept, source_map, combined.output.clone(), weights, inputs)
+        return Observed(*kept, source_map, combined.output.clone(), weights, inputs, source_map_promised=promised)
 
     def _poisoned_outputs(self, received: Received, drained: bool) -> torch.Tensor:
         """Expert rows for the valid prefix, NaN beyond it, in a buffer as long as the received one."""

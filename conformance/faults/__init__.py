@@ -1,0 +1,32 @@
+"""Seeded faults: backends with one known defect each, driven by the ordinary adapter through the stand-in.
+
+Scope: each is a library defect (a subclass of the double's operator), declares the contract of ``mori-standin`` and
+breaks it, and is named on the command line like any backend, e.g. ``--backend conformance.faults:dropped_row``. What
+catching them all does not prove: that the suite catches a defect of another kind.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from conformance.faults.backends import faulty
+from conformance.faults.catalogue import FAULTS, PROCESS_FAULTS, Fault, Minimum
+
+dropped_row = partial(faulty, "dropped_row")
+duplicated_row = partial(faulty, "duplicated_row")
+swapped_rows = partial(faulty, "swapped_rows")
+wrong_expert_offset = partial(faulty, "wrong_expert_offset")
+stale_round = partial(faulty, "stale_round")
+weight_twice = partial(faulty, "weight_twice")
+node_partial_lost = partial(faulty, "node_partial_lost")
+last_metadata_lost = partial(faulty, "last_metadata_lost")
+masked_as_rank_zero = partial(faulty, "masked_as_rank_zero")
+capacity_off_by_one = partial(faulty, "capacity_off_by_one")
+rare_loss = partial(faulty, "rare_loss")
+hang_on_zero = partial(faulty, "hang_on_zero")
+segfault = partial(faulty, "segfault")
+python_wait = partial(faulty, "python_wait")
+native_wait = partial(faulty, "native_wait")
+blocked_in_gloo = partial(faulty, "blocked_in_gloo")
+
+__all__ = ["FAULTS", "PROCESS_FAULTS", "Fault", "Minimum"]

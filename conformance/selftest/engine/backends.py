@@ -1,0 +1,265 @@
+"""Backends that misbehave on demand: the specification's own operator with one defect, chosen by the data.
+
+Scope: what a rank process can do to its driver. A defect is asked for by a token whose slots all name the same expert,
+the number of the defect (:class:`Defect`), or by the factory that is named. They prove nothing about numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accelerated.reference_backend import ReferenceBackend, ReferenceOperation, ReferenceSession
+from conformance.engine.protocol import Answer, pack
+
+if TYPE_CHECKING:
+    import torch
+
+    from accelerated.interface import Combined, RankContext, Received
+    from reference.problem import Problem
+
+MODULE = "conformance.selftest.engine.backends"
+#: Held down by a file: while it exists, no round of :class:`Held` goes on.
+HOLD_VARIABLE = "EP_CONFORMANCE_SELFTEST_HOLD"
+
+
+class Defect(enum.IntEnum):
+    """What the rank that dispatches the token does; the value is the expert id that asks for it."""
+
+    SEGMENTATION_FAULT = 1
+    EXIT = 2
+    PYTHON_WAIT = 3
+    NATIVE_WAIT = 4
+    EXTRA_COLLECTIVE = 5
+    EXCEPTION = 6
+    FORGED_ANSWER = 7
+    DROPPED_ROW = 8
+
+
+def read_address_zero() -> None:
+    ctypes.string_at(0)
+
+
+def leave_the_process() -> None:
+    os._exit(3)
+
+
+def wait_in_python() -> None:
+    threading.Event().wait()
+
+
+def wait_with_signals_blocked() -> None:
+    """Hold the GIL in a native call and let no signal in: neither a Python handler nor a Python thread can run."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+    ctypes.PyDLL(None).sleep(3600)
+
+
+def wait_in_a_collective() -> None:
+    import torch.distributed as dist
+
+    dist.barrier()
+
+
+def raise_value_error() -> None:
+    raise ValueError("the backend does not like these ids")
+
+
+def answer_another_command(rank: int) -> None:
+    """Send the driver an answer to a command that it never gave, over the rank's own pipe."""
+    frame = sys._getframe()
+    while "connection" not in frame.f_locals:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    frame.f_locals["connection"].send_bytes(pack(Answer(10_000, rank, "pass")))
+
+
+_IN_PREPARE: dict[int, Callable[[], None]] = {
+    Defect.SEGMENTATION_FAULT: read_address_zero,
+    Defect.NATIVE_WAIT: wait_with_signals_blocked,
+    Defect.EXCEPTION: raise_value_error,
+}
+_IN_FINALIZE: dict[int, Callable[[], None]] = {
+    Defect.EXIT: leave_the_process,
+    Defect.PYTHON_WAIT: wait_in_python,
+}
+
+
+class DefectiveOperation(ReferenceOperation):
+    """The specification's operator with the defects of its rank's tokens."""
+
+    def __init__(self, context: RankContext, problem: Problem) -> None:
+        super().__init__(context, problem, 1)
+        self._rank = context.rank
+        self._asked: set[int] = set()
+
+    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+        # A row of one slot says nothing, so that ordinary cases stay ordinary.
+        self._asked = {row[0] for row in ids.tolist() if len(row) > 1 and len(set(row)) == 1}
+        for defect in self._asked & _IN_PREPARE.keys():
+            _IN_PREPARE[defect]()
+        if Defect.FORGED_ANSWER in self._asked:
+            answer_another_command(self._rank)
+        received = super().prepare(rows, ids, weights)
+        if Defect.DROPPED_ROW in self._asked:
+            received.count -= 1
+        return received
+
+    def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
+        for defect in self._asked & _IN_FINALIZE.keys():
+            _IN_FINALIZE[defect]()
+        combined = super().finalize(expert_rows, received)
+        # Last, so that the other ranks are done with every collective of theirs.
+        if Defect.EXTRA_COLLECTIVE in self._asked:
+            wait_in_a_collective()
+        return combined
+
+
+class _Session(ReferenceSession):
+    def __init__(self, context: RankContext, make: Callable[[RankContext, Problem], ReferenceOperation]) -> None:
+        super().__init__(context)
+        self._make = make
+
+    def build(self, problem: Problem, kernel_type: str) -> ReferenceOperation:
+        return self._make(self._context, problem)
+
+
+class Defective(ReferenceBackend):
+    """Any :class:`Defect`, by the data."""
+
+    name = "defective"
+    kernel_types = ("one-level",)
+
+    def open(self, context: RankContext) -> ReferenceSession:
+        return _Session(context, DefectiveOperation)
+
+
+class RaisesAtOpen(ReferenceBackend):
+    """Its library does not initialise on rank 1."""
+
+    def open(self, context: RankContext) -> ReferenceSession:
+        if context.rank == 1:
+            raise_value_error()
+        return super().open(context)
+
+
+class ExitsAtOpen(ReferenceBackend):
+    """Its library ends the process of rank 1."""
+
+    def open(self, context: RankContext) -> ReferenceSession:
+        if context.rank == 1:
+            leave_the_process()
+        return super().open(context)
+
+
+class ForgesAtBuild(ReferenceBackend):
+    """Rank 0 answers another command while it builds."""
+
+    def open(self, context: RankContext) -> ReferenceSession:
+        def make(context: RankContext, problem: Problem) -> ReferenceOperation:
+            if context.rank == 0:
+                answer_another_command(0)
+            return ReferenceOperation(context, problem, 1)
+
+        return _Session(context, make)
+
+
+class SpoilsTheGroup(ReferenceBackend):
+    """Opening it leaves a process group that delivers wrong numbers on rank 0."""
+
+    def open(self, context: RankContext) -> ReferenceSession:
+        import torch.distributed as dist
+
+        gather = dist.all_gather
+
+        def wrong(out: list[torch.Tensor], mine: torch.Tensor, group: object = None) -> None:
+            gather(out, mine, group=group)
+            out[-1] += 1
+
+        if context.rank == 0:
+            dist.all_gather = wrong
+        return super().open(context)
+
+
+class _DroppingOperation(ReferenceOperation):
+    def __init__(self, context: RankContext, problem: Problem) -> None:
+        super().__init__(context, problem, 1)
+        self._rank = context.rank
+
+    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+        from reference.dispatch_combine import Dispatched
+
+        received = super().prepare(rows, ids, weights)
+        sent = received.state
+        assert isinstance(sent, Dispatched)
+        if bool((sent.source_rank != self._rank).any()):
+            received.count -= 1
+        return received
+
+
+class DropsARow(ReferenceBackend):
+    """A rank that receives a row from another rank reports one row too few. Deterministic."""
+
+    name = "drops-a-row"
+    kernel_types = ("one-level",)
+
+    def open(self, context: RankContext) -> ReferenceSession:
+        return _Session(context, _DroppingOperation)
+
+
+class _HeldOperation(ReferenceOperation):
+    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+        hold = os.environ.get(HOLD_VARIABLE)
+        while hold and Path(hold).exists():
+            time.sleep(0.01)
+        return super().prepare(rows, ids, weights)
+
+
+class Held(ReferenceBackend):
+    """Correct, but waits in prepare while the file named by :data:`HOLD_VARIABLE` exists."""
+
+    name = "held"
+    kernel_types = ("one-level",)
+
+    def open(self, context: RankContext) -> ReferenceSession:
+        return _Session(context, lambda context, problem: _HeldOperation(context, problem, 1))
+
+
+class FailsOnce(ReferenceBackend):
+    """Fails in the first round ever, wrongly or by ending rank 0, and is correct from then on.
+
+    The kernel type names the way and a file that remembers it: ``drop:PATH`` or ``kill:PATH``.
+    """
+
+    name = "fails-once"
+
+    def open(self, context: RankContext) -> ReferenceSession:
+        return _OnceSession(context)
+
+
+class _OnceSession(ReferenceSession):
+    def build(self, problem: Problem, kernel_type: str) -> ReferenceOperation:
+        way, _, path = kernel_type.partition(":")
+        return _OnceOperation(self._context, problem, way, Path(path))
+
+
+class _OnceOperation(ReferenceOperation):
+    def __init__(self, context: RankContext, problem: Problem, way: str, mark: Path) -> None:
+        super().__init__(context, problem, 1)
+        self._rank, self._way, self._mark = context.rank, way, mark
+
+    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+        received = super().prepare(rows, ids, weights)
+        if self._rank == 0 and not self._mark.exists():
+            self._mark.write_text("failed")
+            if self._way == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            received.count += 1
+        return received
