@@ -57,12 +57,13 @@ class Cell(msgspec.Struct, frozen=True, order=True):
 
     @property
     def label(self) -> str:
-        """Readable and unique name, used as the pytest id."""
+        """Readable name, unique among all cells of a run: the pytest id, and the key of the records."""
         shape = self.model or f"h{self.hidden}"
         nodes = f"-{self.nodes}nodes" if self.nodes > 1 else ""
         placement = f"-{self.placement}" if self.placement != "linear" else ""
         return (
-            f"{self.backend}-{self.kernel_type}-ep{self.world_size}{nodes}-{shape}-e{self.experts}k{self.top_k}"
+            f"{self.check}-{self.backend}-{self.kernel_type}-ep{self.world_size}{nodes}-{shape}-e{self.experts}"
+            f"k{self.top_k}"
             f"m{self.capacity}-{self.dtype}-{self.mode}{placement}"
         )
 

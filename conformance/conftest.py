@@ -72,6 +72,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_STATE] = state
 
 
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    if _STATE not in config.stash:
+        return []
+    options = config.stash[_STATE].options
+    lines = [f"ep-conformance: tier {options.tier}, backends {', '.join((*options.backends, *options.companions))}"]
+    if options.tier == "explore":
+        lines.append(f"explore seed: {options.seed} (repeat with --explore-seed {options.seed})")
+    return lines
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: object) -> None:
     """Hand the run directory, seed and devices to an xdist worker."""
@@ -111,12 +121,14 @@ def _planned(item: pytest.Item) -> PlannedCell | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Widest cells first, so that a run does not end waiting for the slowest."""
+    """Widest cells first, so that a run does not end on the slowest; then by backend, so that pools are kept."""
     order = {id(item): index for index, item in enumerate(items)}
 
-    def width(item: pytest.Item) -> tuple[int, int]:
+    def width(item: pytest.Item) -> tuple[int, str, int]:
         planned = _planned(item)
-        return (-planned.cell.world_size if planned is not None else 0, order[id(item)])
+        return (
+            (-planned.cell.world_size, planned.cell.backend, order[id(item)]) if planned else (0, "", order[id(item)])
+        )
 
     items.sort(key=width)
 

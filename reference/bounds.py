@@ -2,11 +2,11 @@
 
 Model: the contributions of the destination ranks are exact inputs; c of them are added in any order by c - 1 additions
 that round to nearest. All additions but the last change a contribution by at most c - 2 factors (1 + d), |d| <= u, so
-what the last one adds up differs from the exact sum by at most gamma(c-2) * sum|term| (Higham, Accuracy and Stability of
-Numerical Algorithms, section 4.2, eq. 3.4 and lemma 3.1). The last addition and the store only round, and rounding is
-monotone: the interval of results is [round(lowest sum), round(highest sum)], sound for every order; two contributions
-have one result. Sums and underflow: adding two numbers of a format is exact where the result is subnormal, so no
-absolute term is needed. Levels compose: the stored intervals of one level are the addends of the next.
+what the last one adds up is off the exact sum by at most gamma(c-2) * sum|term| (Higham, Accuracy and Stability of
+Numerical Algorithms, lemma 3.1 and section 4.2). The last addition and the store only round, and rounding is monotone:
+the interval of results is [round(lowest sum), round(highest sum)], sound for every order; two contributions have one
+result. A sum of two numbers of a format that is subnormal is exact, so no absolute term is needed. Levels compose: the
+stored intervals of one level are the addends of the next.
 What an accepted result does not prove: that the backend sums in the order it declares. Not covered: NaN, infinities,
 overflow, and devices that flush subnormals.
 """
@@ -39,13 +39,16 @@ class Acceptance:
     def error_over_bound(self, result: torch.Tensor) -> torch.Tensor:
         """|result - value| over the distance from value to the end of the interval on that side.
 
-        0 where the result is the value itself, at most 1 where it is accepted, infinite where no error is allowed,
-        NaN counts as infinite. Float64, same shape.
+        0 where the result is the value itself, at most 1 where it is accepted, above 1 everywhere else, infinite where
+        no error is allowed; NaN counts as infinite. Float64, same shape.
         """
         result = result.double()
         error = (result - self.value).abs()
         room = torch.where(result > self.value, self.upper - self.value, self.value - self.lower)
         ratio = torch.nan_to_num(error / room, nan=torch.inf, posinf=torch.inf)
+        # The quotient may round to 1 for a result a hair outside.
+        outside = (result < self.lower) | (result > self.upper)
+        ratio = torch.where(outside, ratio.clamp(min=1 + 2 * UNIT_FLOAT64), ratio)
         return torch.where(result == self.value, 0.0, ratio)
 
 

@@ -2,8 +2,8 @@
 
 It judges the reference, so it shares no code with the distributed path: destinations come from plain Python sets, the
 wire is modelled as "each destination rank rounds its partial sum once", and rounding is done by scaling, not on bits.
-Its bounds are derived apart from reference/bounds.py and a little wider: gamma(n) times the sum of magnitudes for n
-roundings.
+Its bounds are derived apart from reference/bounds.py and are a little wider: gamma(n) times the sum of magnitudes for n
+roundings (Higham, Accuracy and Stability of Numerical Algorithms, lemma 3.1).
 What agreeing with the oracle does not prove: anything about communication; there is none here.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 _SIGNIFICAND_BITS = {torch.float32: 24, torch.bfloat16: 8}
+_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 _MIN_EXPONENT = -126
 _OVERFLOW = 2.0**128
 
@@ -61,7 +62,7 @@ def layer_output(
     rows: torch.Tensor,
     routing: Sequence[Sequence[int]],
     weights: torch.Tensor,
-    expert: Callable[[int, torch.Tensor], torch.Tensor],
+    expert: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     *,
     experts_per_rank: int,
     world_size: int,
@@ -76,78 +77,79 @@ def layer_output(
         rows: ``[n, H]`` activations.
         routing: ``routing[token][slot]`` global expert ids.
         weights: ``[n, k]``.
-        expert: ``(id, float64 [H]) -> float64 [H]``, an affine map per element.
+        expert: ``(ids [n] int64, float64 [n, H]) -> float64 [n, H]``, row i through expert ``ids[i]``: an affine map of
+            each element.
         experts_per_rank: experts that each rank owns.
         world_size: W.
         dtype: element type of the partial sums on the wire and of the result.
         nodes: rounding levels, as in the contract.
-        grid: promise that every float32 product and sum of the experts is a multiple of this power of two; what also
-            fits 24 bits is exact, so that only stores round.
+        grid: promise that every float32 product and sum of the experts is a multiple of this power of two; those that
+            fit 24 bits are exact, so that only stores round.
         every_addition_rounds: True if the sum over ranks rounds to ``dtype`` after each addition, in any order.
 
     Returns:
-        Expected values. Experts may evaluate ``sum_j w_j (a_j x + b_j)`` in float32 in any order.
+        Expected values. The experts may evaluate ``sum_j w_j (a_j x + b_j)`` in float32 in any order.
     """
-    value, lower, upper = (torch.zeros(rows.shape, dtype=torch.float64) for _ in range(3))
-    weight_sum = torch.zeros(weights.shape, dtype=torch.float64)
-    per_node = world_size // nodes
-    for token, row in enumerate(routing):
-        x = rows[token].double().cpu()
-        reached = destinations_of(row, experts_per_rank, world_size)
-        weight_sum[token] = len(reached) * weights[token].double().cpu()
-        by_node: dict[int, list[torch.Tensor]] = {}
-        for rank in reached:
-            slots = zip(row, weights[token].tolist(), strict=True)
-            local = [(e, float(w)) for e, w in slots if e // experts_per_rank == rank]
-            by_node.setdefault(rank // per_node, []).append(_wire_row(x, local, expert, dtype, grid))
-        if nodes > 1:
-            sums = [_add_up(parts, dtype, grid, False) for parts in by_node.values()]
-        else:
-            sums = by_node.get(0, [])
-        if sums:
-            value[token], lower[token], upper[token] = _add_up(sums, dtype, grid, every_addition_rounds)
-    return Expected(value, lower, upper, weight_sum)
-
-
-#: Signs of the slack in (value, lower, upper).
-_SHIFT = torch.tensor([[0.0], [-1.0], [1.0]], dtype=torch.float64)
-
-
-def _relative(roundings: int, unit: float) -> float:
-    """Largest |(1 + d_1) ... (1 + d_n) - 1| with |d_i| <= unit, bounded by n u / (1 - n u)."""
-    return roundings * unit / (1 - roundings * unit)
-
-
-def _wire_row(
-    x: torch.Tensor,
-    local: Sequence[tuple[int, float]],
-    expert: Callable[[int, torch.Tensor], torch.Tensor],
-    dtype: torch.dtype,
-    grid: float | None,
-) -> torch.Tensor:
-    """What one rank sends back for one token, ``[3, H]``: its (expert, weight) pairs summed and stored."""
-    outputs = torch.stack([w * expert(e, x) for e, w in local])
-    constants = torch.stack([w * expert(e, torch.zeros_like(x)) for e, w in local])
-    # Sum of w |a x| and w |b|: |f(x)| alone would miss what a x and b cancel.
-    magnitude = ((outputs - constants).abs() + constants.abs()).sum(0)
-    # Each w_j a_j x passes two products, the sum over the slots and the addition of the constant.
-    slack = _relative(len(local) + 2, 2.0**-24) * magnitude
+    n, hidden = rows.shape
+    x, weight = rows.double().cpu(), weights.double().cpu()
+    top_k = weight.shape[1]
+    ids = torch.tensor([list(row) for row in routing], dtype=torch.int64).reshape(n, top_k)
+    valid = (ids >= 0) & (ids < experts_per_rank * world_size)
+    known = torch.where(valid, ids, 0)
+    outputs = torch.stack([weight[:, j : j + 1] * expert(known[:, j], x) for j in range(top_k)], dim=1)
+    # share[t, r, j] is 1 where slot j of token t belongs to rank r.
+    rank_of = torch.where(valid, torch.div(ids, experts_per_rank, rounding_mode="floor"), -1)
+    share = (rank_of.unsqueeze(1) == torch.arange(world_size).reshape(1, world_size, 1)).double()
+    reached = share.any(2)
+    weight_sum = reached.sum(1, keepdim=True) * weight
+    # |f(x)| alone would miss what a x and b cancel, so sum w |a x| and w |b|.
+    at_zero = torch.zeros(n, 1, dtype=torch.float64)
+    constants = torch.stack([weight[:, j : j + 1] * expert(known[:, j], at_zero) for j in range(top_k)], dim=1)
+    magnitude = share @ ((outputs - constants).abs() + constants.abs())
+    # Each w_j a_j x passes two products, the sum over the slots and the addition of the constants.
+    slack = _relative(share.sum(2, keepdim=True) + 2, _UNIT[torch.float32]) * magnitude
     if grid is not None:
         slack = torch.where(magnitude <= grid * 2.0**24, 0.0, slack)
-    return round_half_even(outputs.sum(0) + _SHIFT * slack, dtype)
+    wire = round_half_even(_spread((share @ outputs).unsqueeze(0), slack), dtype)
+    if nodes > 1:
+        by_node = (n, nodes, world_size // nodes)
+        count = reached.reshape(by_node).sum(2, keepdim=True)
+        wire = _add_up(wire.reshape(len(wire), *by_node, hidden), count, dtype, grid, False)
+        reached = count.squeeze(2) > 0
+    ends = _add_up(wire, reached.sum(1, keepdim=True), dtype, grid, every_addition_rounds)
+    return Expected(ends[0], ends[1 % len(ends)], ends[2 % len(ends)], weight_sum)
 
 
-def _add_up(parts: Sequence[torch.Tensor], dtype: torch.dtype, grid: float | None, every: bool) -> torch.Tensor:
-    """Sum of ``[3, H]`` parts in any order: in float32 and then stored, or with each addition rounded to ``dtype``."""
-    stacked = torch.stack(list(parts))
-    total, magnitude = stacked.sum(0), stacked.abs().amax(1).sum(0)
-    bits = _SIGNIFICAND_BITS[dtype] if every else 24
-    # Rounded to the element type, perhaps by way of float32; otherwise to float32 alone.
-    unit = 2.0**-24 if bits == 24 else 2.0**-8 + 2.0**-24 + 2.0**-32
-    slack = _relative(len(parts) - 1, unit) * magnitude
+def _relative(roundings: torch.Tensor, unit: float) -> torch.Tensor:
+    """Largest ``|(1 + d_1) ... (1 + d_n) - 1|`` with ``|d_i| <= unit``: at most ``n u / (1 - n u)``."""
+    n = roundings.double().clamp(min=0) * unit
+    return n / (1 - n)
+
+
+def _spread(value: torch.Tensor, slack: torch.Tensor) -> torch.Tensor:
+    """``value [1 or 3, ...]`` with the slack off its lower and on its upper end; left alone without slack."""
+    if not slack.any():
+        return value
+    return value + torch.tensor([0.0, -1.0, 1.0], dtype=torch.float64).reshape(3, *[1] * slack.dim()) * slack
+
+
+def _add_up(
+    parts: torch.Tensor, count: torch.Tensor, dtype: torch.dtype, grid: float | None, every: bool
+) -> torch.Tensor:
+    """Sum of ``parts [1 or 3, ..., c, H]`` over c in any order, of which ``count [..., 1]`` are present.
+
+    In float32 and then stored as ``dtype``, or with every addition rounded to ``dtype``.
+    """
+    total, magnitude = parts.sum(-2), parts.abs().amax(0).sum(-2)
+    in_float32 = not every or dtype == torch.float32
+    # An addition rounded to bfloat16 may have been rounded to float32 before.
+    unit = _UNIT[torch.float32] if in_float32 else _UNIT[dtype] * (1 + _UNIT[torch.float32]) + _UNIT[torch.float32]
+    slack = _relative(count - 1, unit) * magnitude
     if grid is not None:
-        known = (stacked[:, 1] == stacked[:, 2]).all(0)  # the end of an interval need not be on the grid
-        slack = torch.where(known & (magnitude <= grid * 2.0**bits), 0.0, slack)
-    if bits == 24:
-        return round_half_even(round_half_even(total + _SHIFT * slack, torch.float32), dtype)
-    return torch.stack([round_half_even(total[0], dtype), total[1] - slack, total[2] + slack])
+        exact = (parts == parts[0]).all(0).all(-2)  # the end of an interval need not be on the grid
+        bits = _SIGNIFICAND_BITS[torch.float32 if in_float32 else dtype]
+        slack = torch.where(exact & (magnitude <= grid * 2.0**bits), 0.0, slack)
+    ends = _spread(total, slack)
+    if in_float32:
+        return round_half_even(round_half_even(ends, torch.float32) if slack.any() else ends, dtype)
+    return torch.cat([round_half_even(ends[:1], dtype), ends[1:]])

@@ -173,10 +173,10 @@ def _raise_if_ours(reply: Reply, stage: str) -> None:
     if broken is not None and not reply.dead:
         raise InfraError(f"the harness failed on rank {broken.rank} during {stage} ({broken.kind}):\n{broken.text}")
     stuck = {rank: phase for rank, phase in reply.phases.items() if rank in reply.dead or rank in reply.missing}
-    if stage == "start" and stuck and not any(p.startswith(BACKEND_PHASE) for p in stuck.values()):
-        if _first(reply, "raised") is None:
-            where = ", ".join(f"rank {rank} in {phase}" for rank, phase in sorted(stuck.items()))
-            raise InfraError(f"ranks did not come up, before any backend code ran: {where}")
+    backend_ran = _first(reply, "raised") is not None or any(p.startswith(BACKEND_PHASE) for p in stuck.values())
+    if stage == "start" and stuck and not backend_ran:
+        where = ", ".join(f"rank {rank} in {phase}" for rank, phase in sorted(stuck.items()))
+        raise InfraError(f"ranks did not come up, before any backend code ran: {where}")
 
 
 def _outcome_of(reply: Reply, stage: str, seconds: float = 0.0) -> Outcome:

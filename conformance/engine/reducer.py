@@ -1,22 +1,29 @@
 """Reduction of a failing case to its minimum, on the case itself.
 
 Hypothesis draws, this reduces: a failing case is made explicit and then narrowed (ranks, nodes), shortened (rounds,
-tokens) and simplified (ids, values, delays, seeds) as long as the same (verdict, check) still shows. Working on rows
+tokens) and simplified (geometry, settings, ids) as long as the same (verdict, check) still shows. Working on rows
 instead of on Hypothesis's choices lets a recipe become rows and an EP 8 failure become an EP 2 one, and makes the
-minimum independent of the order of draws. The result is a local minimum: no single step makes it smaller.
+minimum independent of the order of draws. Bold steps come first, because a step that fails to fail is cheap, and one
+that crashes or hangs is not. The result is a local minimum: no single step makes it smaller.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
 
-from conformance.cases import Case, Explicit, Round, Rows, expand
+from conformance.cases import Case
+from conformance.engine import steps
 
 Fails = Callable[[Case], bool]
+
+#: The first sweep over the tokens stops at this fraction of them; the rest waits until every row costs less to try.
+_COARSE = 8
+#: So many tokens are tried alone before the search by halves.
+_ALONE = 12
 
 
 @dataclass
@@ -33,7 +40,10 @@ class _Budget(Exception):
 
 
 class Reducer:
-    """Greedy reduction with a budget of seconds and candidates."""
+    """Greedy reduction with a budget of seconds and candidates.
+
+    Every accepted candidate is smaller by :func:`conformance.engine.steps.size`, so the search ends by itself.
+    """
 
     def __init__(self, fails: Fails, allowed: Callable[[Case], bool], budget_s: float, candidates: int = 2000) -> None:
         self._fails, self._allowed = fails, allowed
@@ -44,36 +54,22 @@ class Reducer:
 
     def reduce(self, case: Case) -> Reduction:
         """Smallest case reached from ``case``, which is known to fail."""
-        explicit = _explicit(case)
         # Recipe and rows mean the same input, so the explicit form needs no run of its own.
-        best = explicit
-        exhausted = False
+        self._best = steps.explicit(case)
+        self._size = steps.size(self._best)
         try:
-            changed = True
-            while changed:
-                changed = False
-                for make in (_narrower, _fewer_rounds, _fewer_tokens, _simpler_rounds, _simpler_ids):
-                    improved = self._descend(best, make)
-                    changed = changed or improved is not best
-                    best = improved
+            self._narrow()
+            while self._sweep() or self._narrow():
+                pass
         except _Budget:
-            exhausted = True
-            best = self._best
-        return Reduction(best, self.tried, exhausted)
+            return Reduction(self._best, self.tried, exhausted=True)
+        return Reduction(self._best, self.tried, exhausted=False)
 
-    def _descend(self, case: Case, make: Callable[[Case], Iterator[Case]]) -> Case:
-        self._best = case
-        progress = True
-        while progress:
-            progress = False
-            for candidate in make(self._best):
-                if self._accept(candidate):
-                    self._best = candidate
-                    progress = True
-                    break
-        return self._best
-
-    def _accept(self, candidate: Case) -> bool:
+    def _try(self, candidate: Case) -> bool:
+        """Whether a candidate is smaller, allowed, new, and fails; it is the best one then."""
+        size = steps.size(candidate)
+        if size >= self._size:
+            return False
         identity = candidate.id
         if identity in self._seen or not self._allowed(candidate):
             return False
@@ -81,119 +77,133 @@ class Reducer:
         if time.monotonic() > self._deadline or self.tried >= self._candidates:
             raise _Budget
         self.tried += 1
-        return self._fails(candidate)
+        if not self._fails(candidate):
+            return False
+        self._best, self._size = candidate, size
+        return True
 
+    def _first(self, candidates: Iterable[Case]) -> bool:
+        """Take the first candidate that fails."""
+        return any(self._try(candidate) for candidate in candidates)
 
-def _explicit(case: Case) -> Case:
-    rounds = tuple(msgspec.structs.replace(r, routing=Explicit(expand(case.cell, r.routing))) for r in case.rounds)
-    return msgspec.structs.replace(case, rounds=rounds)
+    def _descend(self, make: Callable[[Case], Iterable[Case]]) -> None:
+        """Take candidates until none of the best case's fails; after a success go on from there, then start over."""
+        position = 0
+        while True:
+            for number, candidate in enumerate(make(self._best)):
+                if number >= position and self._try(candidate):
+                    position = number
+                    break
+            else:
+                if position == 0:
+                    return
+                position = 0
 
+    # ------------------------------------------------------------------ the order of the search
+    def _narrow(self) -> bool:
+        before = self._best
+        while self._first(steps.narrower(self._best)):
+            pass
+        return self._best is not before
 
-def _rows(a_round: Round) -> Rows:
-    assert isinstance(a_round.routing, Explicit)
-    return a_round.routing.rows
+    def _sweep(self) -> bool:
+        before = self._best
+        self._fewer_rounds()
+        self._fewer_tokens(_COARSE)
+        self._lower_capacity()
+        self._descend(steps.plain)
+        self._fewer_tokens()
+        self._first(steps.all_alike(self._best))
+        for make in (steps.settings, steps.fewer_slots, steps.fewer_experts, steps.fewer_elements):
+            self._descend(make)
+        self._simpler_rows()
+        self._descend(steps.rank_moves)
+        return self._best is not before
 
+    # ------------------------------------------------------------------ rounds and tokens
+    def _fewer_rounds(self) -> None:
+        """Each round alone, then halves and quarters ... out, down to single rounds."""
+        if len(self._best.rounds) > 1:
+            self._first([msgspec.structs.replace(self._best, rounds=(r,)) for r in self._best.rounds])
+        length = len(self._best.rounds) // 2
+        while length:
+            start = 0
+            while start < len(self._best.rounds):
+                kept = self._best.rounds[:start] + self._best.rounds[start + length :]
+                if not kept or not self._try(msgspec.structs.replace(self._best, rounds=kept)):
+                    start += length
+            length //= 2
 
-def _with_rows(case: Case, index: int, rows: Rows) -> Case:
-    return _with_round(case, index, msgspec.structs.replace(case.rounds[index], routing=Explicit(rows)))
-
-
-def _with_round(case: Case, index: int, a_round: Round) -> Case:
-    return msgspec.structs.replace(case, rounds=(*case.rounds[:index], a_round, *case.rounds[index + 1 :]))
-
-
-def _narrower(case: Case) -> Iterator[Case]:
-    """Half the ranks: keep the lower or the upper half's tokens, and fold expert ids onto the ranks that stay."""
-    cell = case.cell
-    half = cell.world_size // 2
-    if cell.world_size % 2 or half < 1:
-        return
-    per_rank = cell.experts // cell.world_size
-    for nodes in sorted({cell.nodes, 1} if cell.nodes <= half else {1}, reverse=True):
-        narrow = msgspec.structs.replace(cell, world_size=half, nodes=nodes, experts=half * per_rank, model="")
-        if narrow.top_k > narrow.experts:
+    def _fewer_tokens(self, fraction: int | None = None) -> None:
+        """Everything out, all but one, each rank of each round, then halves, quarters ... of all tokens, down to one."""
+        if self._best.tokens == 0 or self._try(steps.map_tokens(self._best, lambda i, r, tokens: ())):
             return
-        for keep in (
-            range(half),
-            range(half, cell.world_size),
-            range(0, cell.world_size, 2),
-            range(1, cell.world_size, 2),
-        ):
-            rounds = []
-            for a_round in case.rounds:
-                rows = _rows(a_round)
-                kept = tuple(tuple(tuple(_fold(e, keep, per_rank, half) for e in row) for row in rows[r]) for r in keep)
-                delays = tuple(a_round.delays_ms[r] for r in keep) if a_round.delays_ms else ()
-                rounds.append(msgspec.structs.replace(a_round, routing=Explicit(kept), delays_ms=delays))
-            yield Case(narrow, tuple(rounds))
+        if self._first(steps.single_tokens(self._best, _ALONE)):
+            return
+        for place in self._places():
+            self._try(steps.map_at(self._best, place, lambda tokens: ()))
+        length = self._best.tokens // 2
+        shortest = 1 if fraction is None else max(1, self._best.tokens // fraction)
+        while length >= shortest:
+            start = 0
+            while start < self._best.tokens:
+                if not self._try(_without(self._best, start, start + length)):
+                    start += length
+            length //= 2
+
+    def _lower_capacity(self) -> None:
+        """Lower the capacity where it is the cause, i.e. a full rank cannot spare a token, neither first nor last.
+
+        The capacity of all other cases stays, so a minimum with a lowered one says that the limit matters.
+        """
+        while (full := _full_rank(self._best)) is not None:
+            shorter = (lambda tokens: tokens[:-1], lambda tokens: tokens[1:])
+            if not self._first(steps.map_at(self._best, full, change) for change in shorter):
+                self._first(steps.lower_capacity(self._best))
+                return
+
+    # ------------------------------------------------------------------ rows
+    def _simpler_rows(self) -> None:
+        """All tokens alike, then token by token the plainest row that still fails."""
+        self._first(steps.same_rows(self._best))
+        for index, rank in self._places():
+            for token in range(len(steps.rows_of(self._best.rounds[index])[rank])):
+                self._simpler_row((index, rank), token)
+
+    def _simpler_row(self, place: tuple[int, int], token: int) -> None:
+        index, rank = place
+
+        def others(case: Case) -> Iterator[Case]:
+            tokens = steps.rows_of(case.rounds[index])[rank]
+            for simpler in steps.plainer_rows(tokens[token], case.cell):
+                changed = (*tokens[:token], simpler, *tokens[token + 1 :])
+                yield steps.map_at(case, place, lambda _, new=changed: new)  # type: ignore[misc]
+
+        self._descend(others)
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Every (round, rank)."""
+        return [(i, r) for i in range(len(self._best.rounds)) for r in range(self._best.cell.world_size)]
 
 
-def _fold(expert: int, keep: range, per_rank: int, half: int) -> int:
-    if expert < 0:
-        return expert
-    rank, slot = divmod(expert, per_rank)
-    target = keep.index(rank) if rank in keep else rank % half
-    return target * per_rank + slot
+def _without(case: Case, start: int, stop: int) -> Case:
+    """Leave out the tokens numbered start to stop, counted through rounds and ranks."""
+    number = 0
+    rows = []
+    for a_round in case.rounds:
+        kept = []
+        for tokens in steps.rows_of(a_round):
+            first, last = max(0, start - number), max(0, stop - number)
+            kept.append(tokens[:first] + tokens[last:])
+            number += len(tokens)
+        rows.append(kept)
+    return steps.with_all_rows(case, rows)
 
 
-def _fewer_rounds(case: Case) -> Iterator[Case]:
-    for index in range(len(case.rounds)):
-        if len(case.rounds) > 1:
-            yield msgspec.structs.replace(case, rounds=case.rounds[:index] + case.rounds[index + 1 :])
-
-
-def _fewer_tokens(case: Case) -> Iterator[Case]:
-    """Drop all tokens of a rank, then halves, quarters ... down to single tokens, in every round."""
-    for index, a_round in enumerate(case.rounds):
-        rows = _rows(a_round)
-        for rank, tokens in enumerate(rows):
-            size = len(tokens)
-            while size >= 1:
-                for start in range(0, len(tokens), size):
-                    kept = tokens[:start] + tokens[start + size :]
-                    yield _with_rows(case, index, (*rows[:rank], kept, *rows[rank + 1 :]))
-                size //= 2
-
-
-def _simpler_rounds(case: Case) -> Iterator[Case]:
-    for index, a_round in enumerate(case.rounds):
-        for change in ({"delays_ms": ()}, {"values": "integers"}, {"seed": 0}):
-            simpler = msgspec.structs.replace(a_round, **change)
-            if simpler != a_round:
-                yield _with_round(case, index, simpler)
-
-
-def _simpler_ids(case: Case) -> Iterator[Case]:
-    """Give a token the plainest row that still fails, then lower its ids one by one."""
-    top_k = case.cell.top_k
-    plain = tuple(range(top_k))
-    for index, a_round in enumerate(case.rounds):
-        rows = _rows(a_round)
-        for rank, tokens in enumerate(rows):
-            for token, row in enumerate(tokens):
-                for simpler in _plainer(row, plain):
-                    changed = (*tokens[:token], simpler, *tokens[token + 1 :])
-                    yield _with_rows(case, index, (*rows[:rank], changed, *rows[rank + 1 :]))
-        # A token may have to move to an earlier rank for the case to be plainest.
-        for rank in range(1, len(rows)):
-            if rows[rank] and not rows[rank - 1]:
-                moved = (*rows[: rank - 1], rows[rank], (), *rows[rank + 1 :])
-                yield _with_rows(case, index, moved)
-
-
-def _plainer(row: tuple[int, ...], plain: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Rows simpler than ``row``: in order 0..k-1, then each slot lowered; -1 is less plain than any expert."""
-    if _cost(plain) < _cost(row):
-        yield plain
-    for slot, expert in enumerate(row):
-        for lower in (slot, *range(min(expert, 8)), expert // 2, expert - 1):
-            simpler = (*row[:slot], lower, *row[slot + 1 :])
-            if lower >= 0 and _cost(simpler) < _cost(row):
-                yield simpler
-
-
-def _cost(row: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
-    """Duplicates and masks first, then how far the ids are from 0..k-1, then the ids themselves."""
-    odd = len(row) - len({e for e in row if e >= 0})
-    away = sum(e != slot for slot, e in enumerate(row))
-    return odd, away, row
+def _full_rank(case: Case) -> tuple[int, int] | None:
+    """A (round, rank) with as many tokens as the operator holds."""
+    for index, counts in enumerate(case.token_counts()):
+        for rank, count in enumerate(counts):
+            if count == case.cell.capacity:
+                return index, rank
+    return None

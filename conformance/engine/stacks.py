@@ -19,7 +19,7 @@ _FRAMES = 14
 
 
 def rank_stack(stack_file: Path, pid: int | None) -> str:
-    """Newest stacks of a rank; asks for a fresh dump when ``pid`` is alive."""
+    """Newest stacks of a rank; asks for a fresh dump unless it is dead and ``pid`` None."""
     if pid is not None:
         before = _size(stack_file)
         with contextlib.suppress(ProcessLookupError):
@@ -31,7 +31,8 @@ def rank_stack(stack_file: Path, pid: int | None) -> str:
     text = stack_file.read_text(errors="replace") if stack_file.exists() else ""
     newest = text[text.rfind("Thread ") if "Current thread" not in text else text.rfind("Current thread") :]
     native = _py_spy(pid) if pid is not None else ""
-    return "\n".join(part for part in (_trim(newest), native) if part) or "no stack: the rank blocks signals"
+    without = "no stack: the rank ended without leaving one" if pid is None else "no stack: the rank blocks signals"
+    return "\n".join(part for part in (_trim(newest), native) if part) or without
 
 
 def _trim(text: str) -> str:

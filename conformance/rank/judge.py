@@ -21,7 +21,7 @@ from reference.bounds import Acceptance
 
 @dataclass
 class ExpectedRows:
-    """Rows a rank must receive under its layout, ascending by (source rank, token); ``keys [R, 2]`` int64 on the host."""
+    """Rows a rank's layout must hold, ascending by (source rank, token); ``keys [R, 2]`` int64 on the host."""
 
     keys: torch.Tensor
     rows: torch.Tensor

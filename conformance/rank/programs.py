@@ -57,7 +57,9 @@ class Program:
         """Run and judge a case; the first failed check of this rank and the largest error/bound."""
         phase("inputs", 0)
         context = self._context
-        only = None if self._by_oracle(case) else context.rank
+        # What the other ranks route is needed where their rows are built again here.
+        every_row = self._contract.receive_layout is ReceiveLayout.EVERY_ROW
+        only = None if every_row or self._by_oracle(case) else context.rank
         routings = [wire_rows(case.cell, expand(case.cell, r.routing, only)) for r in case.rounds]
         inputs = [round_inputs(case, i, context.rank, r, context.device) for i, r in enumerate(routings)]
         handed = [one.clone() for one in inputs]
@@ -73,7 +75,7 @@ class Program:
 
     def _expect(self, case: Case, index: int, routing: Rows, inputs: Inputs) -> Expectation:
         if self._by_oracle(case):
-            return self._expect_from_oracle(case, index, routing, inputs)
+            return self._expected_rows(case, index, routing), self._result_of_oracle(case, index, routing, inputs)
         cell, contract = case.cell, self._contract
         sent = dispatch_combine.dispatch(
             inputs.rows,
@@ -110,25 +112,26 @@ class Program:
         else:
             per_rank = cell.experts // cell.world_size
             keys = oracle.received_set(routing, self._context.rank, per_rank, cell.world_size)
-        where = torch.tensor(keys, dtype=torch.int64).reshape(-1, 2)
-        sent = [round_inputs(case, index, source, routing, device) for source in range(cell.world_size)]
-        picked = [where[where[:, 0] == source, 1].to(device) for source in range(cell.world_size)]
-        rows, ids, weights = (
-            torch.cat([getattr(one, name)[tokens] for one, tokens in zip(sent, picked, strict=True)])
-            for name in ("rows", "ids", "weights")
-        )
-        return ExpectedRows(where, rows, ids, weights)
+        tokens: dict[int, list[int]] = {}
+        for source, token in keys:
+            tokens.setdefault(source, []).append(token)
+        # The keys ascend by source, and so do these.
+        parts = [round_inputs(case, index, s, routing, device).pick(t) for s, t in tokens.items()]
+        parts = parts or [round_inputs(case, index, 0, routing, device).pick([])]
+        columns = [torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "ids", "weights")]
+        return ExpectedRows(torch.tensor(keys, dtype=torch.int64).reshape(-1, 2), columns[0], columns[1], columns[2])
 
     def _result_of_oracle(self, case: Case, index: int, routing: Rows, inputs: Inputs) -> ExpectedResult:
         cell, device = case.cell, self._context.device
         # Under round-robin placement position p of the rank-major list of owned experts is physical id p.
-        owned = [g for r in range(cell.world_size) for g in range(r, cell.experts, cell.world_size)]
-        name = (lambda e: owned[e]) if cell.placement == "round_robin" else (lambda e: e)
+        names = torch.arange(cell.experts)
+        if cell.placement == "round_robin":
+            names = torch.cat([torch.arange(r, cell.experts, cell.world_size) for r in range(cell.world_size)])
         answer = oracle.layer_output(
             inputs.rows,
             routing[self._context.rank],
             inputs.weights,
-            lambda e, x: dense_expert(name(e), x),
+            lambda ids, x: dense_experts(names[ids], x),
             experts_per_rank=cell.experts // cell.world_size,
             world_size=cell.world_size,
             dtype=DTYPES[cell.dtype],

@@ -19,6 +19,7 @@ from accelerated.contract import Standing
 from accelerated.registry import BackendError, backend
 from conformance import __version__
 from conformance.cases import Case, CaseError, decode
+from conformance.engine.lease import core_slots
 from conformance.suite import preflight
 from conformance.suite.options import Options, prepare_output
 from conformance.suite.plan import Plan, PlannedCell, make_plan
@@ -45,6 +46,8 @@ def check_machine(options: Options) -> tuple[str, ...]:
         devices = preflight.visible_devices()
     except RuntimeError as error:
         pytest.exit(f"preflight: {error}", returncode=ExitCode.INFRASTRUCTURE)
+    if not devices:
+        raise pytest.UsageError("--device is cuda and torch sees no GPU; make one visible or give --device cpu")
     if len(devices) < widest:
         raise pytest.UsageError(
             f"--ep-sizes asks for {widest} GPUs and {len(devices)} are visible; give --ep-sizes up to {len(devices)}"
@@ -64,7 +67,14 @@ def plan_of(options: Options) -> Plan:
         models=options.models,
         only_models=options.only_models,
     )
-    unable = {(u.backend, u.world_size): u.reason for u in plan.unsupported}
+    if options.tier == "explore" and plan.cells:
+        # As many cells run at a time as there are cores or device sets to lease.
+        share = options.time_budget_s * (len(core_slots()) if options.device == "cpu" else 1) / len(plan.cells)
+        plan = Plan(tuple(replace(cell, seconds=share) for cell in plan.cells), plan.unsupported)
+    unable: dict[tuple[str, int], str] = {}
+    for refused in plan.unsupported:
+        # One node is asked first, and is what the user thinks of.
+        unable.setdefault((refused.backend, refused.world_size), refused.reason)
     for name in options.backends:
         for size in options.ep_sizes:
             able = any(p.cell.backend == name and p.cell.world_size == size for p in plan.cells)

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.strategies import SearchStrategy
 
 from accelerated.contract import Contract, MaskedSlots
@@ -38,7 +40,7 @@ from conformance.verdicts import PRODUCT_FAILURES, Verdict
 
 #: Probability with which a candidate that does fail may be taken for one that passes.
 MISS_PROBABILITY = 0.003
-MAX_REPEATS = 200
+MAX_REPEATS = 400
 RATE_REPEATS = 60
 REDUCTION_HANG_FLOOR_S = 2.5
 
@@ -56,14 +58,17 @@ class Tally:
 class Harness:
     """One worker's driver, records and leases."""
 
-    def __init__(self, options: Options, writer: RecordWriter, devices: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, options: Options, writer: RecordWriter, devices: tuple[str, ...] = (), limits: Limits | None = None
+    ) -> None:
         self.options = options
+        on_cpu = options.device == "cpu"
+        self._limits = limits or (Limits() if on_cpu else replace(Limits(), hang_budget=3, floor_s=30.0))
         self._writer = writer
         self._devices = devices
         self._driver: Driver | None = None
         self._driver_of = ""
         isolate_draws()
-        self.deadline = time.monotonic() + options.time_budget_s if options.tier == "explore" else math.inf
 
     def close(self) -> None:
         """End the pool, and the forkserver with it."""
@@ -142,15 +147,17 @@ class Harness:
                 )
 
     def _draw(self, planned: PlannedCell, strategy: SearchStrategy[Case], examine: Callable[[Case], None]) -> None:
-        """Draw the cell's cases. In explore, batches with fresh seeds until the time budget is spent."""
+        """Draw the cell's cases. In explore, batches with fresh seeds until the cell's share of the budget is spent."""
         explore = self.options.tier == "explore"
-        batch = 0
-        while True:
+        database = DirectoryBasedExampleDatabase(self.options.output / "hypothesis" / "examples") if explore else None
+        deadline = time.monotonic() + planned.seconds
+        raised: list[Exception] = []
+        for batch in count():
             run_settings = settings(
                 max_examples=planned.examples,
                 deadline=None,
-                database=None,
-                phases=(Phase.explicit, Phase.generate),
+                database=database,
+                phases=(Phase.explicit, Phase.reuse, Phase.generate) if explore else (Phase.explicit, Phase.generate),
                 report_multiple_bugs=False,
                 suppress_health_check=(HealthCheck.too_slow,),
                 verbosity=Verbosity.quiet,
@@ -160,12 +167,17 @@ class Harness:
             @run_settings
             @given(case=strategy)
             def one(case: Case) -> None:
-                if time.monotonic() < self.deadline:
+                # Hypothesis asks for a failing case again, and takes one that does not come back for a flake.
+                if raised:
+                    raise raised[0]
+                try:
                     examine(case)
+                except Exception as error:
+                    raised.append(error)
+                    raise
 
             one()
-            batch += 1
-            if not explore or batch >= EXPLORE_BATCHES or time.monotonic() > self.deadline:
+            if not explore or time.monotonic() > deadline:
                 return
 
     # ------------------------------------------------------------------ one case
@@ -217,8 +229,7 @@ class Harness:
         if self._driver is None or self._driver_of != name:
             if self._driver is not None:
                 self._driver.close()
-            limits = Limits() if self.options.device == "cpu" else replace(Limits(), hang_budget=3, floor_s=30.0)
-            self._driver = Driver(name, arch=self.options.arch, device=self.options.device, limits=limits)
+            self._driver = Driver(name, arch=self.options.arch, device=self.options.device, limits=self._limits)
             self._driver_of = name
         return self._driver
 
@@ -228,24 +239,19 @@ class Harness:
         failure = Failure(made.name, made.standin, original=case, minimal=case, outcome=outcome)
         try:
             failure.failed, failure.repeats = self._rate(driver, case, outcome)
+            attempts = 1
             # What never fails again cannot be reduced: every candidate would be refused, at the highest price.
             if reduce and failure.failed > 1:
-                attempts = _attempts(failure.failed, failure.repeats)
-                reduction = self._reduce(driver, made, case, outcome, attempts)
-                failure.minimal, failure.tried, failure.exhausted = (
-                    reduction.case,
-                    reduction.tried,
-                    reduction.exhausted,
-                )
-            self._confirm(driver, failure)
+                attempts = self._reduce(driver, made, failure)
+            self._confirm(driver, failure, attempts)
         except InfraError as error:
             failure.cut_short = str(error).partition("\n")[0]
         return failure
 
-    def _confirm(self, driver: Driver, failure: Failure) -> None:
+    def _confirm(self, driver: Driver, failure: Failure, attempts: int) -> None:
         """Have the minimal case fail once more on a fresh pool; its outcome is the one to be reported."""
         driver.discard()
-        for _ in range(max(2, _attempts(failure.failed, failure.repeats) if failure.failed > 1 else 0)):
+        for _ in range(max(2, attempts)):
             again = self._repeat(driver, failure.minimal, failure.outcome)
             if again.key == failure.outcome.key:
                 failure.outcome, failure.reproduced = again, True
@@ -271,33 +277,53 @@ class Harness:
         limit = driver.limits.floor_s if outcome.verdict is Verdict.HANG else None
         return self._run(driver, case, "repeat", limit_s=limit)
 
-    def _reduce(self, driver: Driver, made: Backend, case: Case, outcome: Outcome, attempts: int) -> Reduction:
+    def _reduce(self, driver: Driver, made: Backend, failure: Failure) -> int:
+        """Replace the failure's minimal case by the smallest one that a search finds; the runs a candidate got.
+
+        A smaller case has fewer calls that can go wrong, so it may fail less often than the original did: the rate is
+        taken again at the minimum, and the search repeated while that asks for more runs of every candidate.
+        """
+        deadline = time.monotonic() + self.options.reduce_budget_s
+        attempts, failed, runs = 0, failure.failed, failure.repeats
+        while _attempts(failed, runs) > attempts and not failure.exhausted:
+            attempts = _attempts(failed, runs)
+            reduction = self._search(driver, made, failure, attempts, deadline - time.monotonic())
+            failure.minimal, failure.exhausted = reduction.case, reduction.exhausted
+            failure.tried += reduction.tried
+            if attempts > 1:
+                failed, runs = self._rate(driver, failure.minimal, failure.outcome)
+        return attempts
+
+    def _search(self, driver: Driver, made: Backend, failure: Failure, attempts: int, budget_s: float) -> Reduction:
         costly = 0
 
         def fails(candidate: Case) -> bool:
             nonlocal costly
+            driver.rebuild()  # what the candidate before left behind must not make this one fail
             for _ in range(attempts):
-                limit = REDUCTION_HANG_FLOOR_S if outcome.verdict is Verdict.HANG else None
+                limit = REDUCTION_HANG_FLOOR_S if failure.verdict is Verdict.HANG else None
                 seen = self._run(driver, candidate, "reduction", limit_s=limit)
                 costly += seen.verdict in (Verdict.CRASH, Verdict.HANG)
-                if seen.key == outcome.key:
+                if seen.key == failure.outcome.key:
                     return True
             return False
 
         def allowed(candidate: Case) -> bool:
             return costly < driver.limits.hang_budget and _legal(made, candidate, self.options)
 
-        return Reducer(fails, allowed, self.options.reduce_budget_s).reduce(case)
-
-
-EXPLORE_BATCHES = 1000
+        reduction = Reducer(fails, allowed, budget_s).reduce(failure.minimal)
+        reduction.exhausted = reduction.exhausted or costly >= driver.limits.hang_budget
+        return reduction
 
 
 def _attempts(failed: int, runs: int) -> int:
-    """Runs after which a candidate that fails at this rate, the first failure aside, was seen to with near certainty."""
+    """Runs that a candidate gets: with fewer, one that fails at this rate might pass by luck.
+
+    The rate counts from few failures, the one that led here among them, so half of it is what can be relied on.
+    """
     if failed == runs:
         return 1
-    return min(MAX_REPEATS, math.ceil(math.log(MISS_PROBABILITY) / math.log(1 - failed / runs)))
+    return min(MAX_REPEATS, math.ceil(math.log(MISS_PROBABILITY) / math.log(1 - failed / runs / 2)))
 
 
 class MistrustedError(Exception):

@@ -123,7 +123,7 @@ def read_options(config: pytest.Config) -> Options:
     rocm = preflight.is_rocm_machine()
     companions: tuple[str, ...] = ()
     if AUTO in names:
-        real = "mori" if rocm else "mori-standin"
+        real = "mori" if rocm or config.getoption("--require-hardware") else "mori-standin"
         names = tuple(dict.fromkeys(real if n == AUTO else n for n in names))
         companions = tuple(c for c in COMPANIONS if c not in names)
     arch = config.getoption("--arch") or "gfx942"

@@ -7,6 +7,7 @@ quantised wire formats, graphs, and more than two nodes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,12 +45,13 @@ class Slot:
     check: str
     geometry: Geometry | None  # None: a model shape
     mode: Mode
-    examples: dict[int, int]  # EP size -> cases; the nearest smaller key applies to other sizes
+    examples: dict[int, int]  # EP size -> cases; beyond the widest key they fall with the EP size
     placement: Placement = "linear"
 
     def examples_at(self, world_size: int) -> int:
-        """Cases at an EP size."""
-        return self.examples[max(w for w in self.examples if w <= world_size)]
+        """Cases at an EP size: those of the nearest smaller key, fewer in proportion beyond it."""
+        key = max(w for w in self.examples if w <= world_size)
+        return max(1, self.examples[key] * key // world_size)
 
 
 GATE = (
@@ -85,6 +87,7 @@ class PlannedCell:
     examples: int
     claimed: bool
     companion: bool = False
+    seconds: float = math.inf  # explore: how long to go on drawing batches
 
 
 @dataclass(frozen=True)

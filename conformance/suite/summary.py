@@ -81,8 +81,8 @@ def print_summary(totals: Totals, console: Console) -> None:
         console.print(
             Panel(
                 f"A STAND-IN WAS USED: {', '.join(run.standins)}\n"
-                "NO AMD HARDWARE AND NO MoRI WAS TESTED. A pass here says that the suite, the reference and the adapter "
-                "agree with a software double.",
+                "NO AMD HARDWARE AND NO MoRI WAS TESTED. A pass here says that the suite, the reference and the "
+                "adapter agree with a software double.",
                 title="STAND-IN",
                 style="bold",
             )

@@ -58,7 +58,7 @@ def wait_in_python() -> None:
 
 def wait_with_signals_blocked() -> None:
     """Hold the GIL in a native call and let no signal in: neither a Python handler nor a Python thread can run."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     ctypes.PyDLL(None).sleep(3600)
 
 
@@ -214,9 +214,16 @@ class DropsARow(ReferenceBackend):
         return _Session(context, _DroppingOperation)
 
 
+def held_mark(hold: str | Path, pid: int) -> Path:
+    """File by which a rank says that it is held."""
+    return Path(f"{hold}-{pid}")
+
+
 class _HeldOperation(ReferenceOperation):
     def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
         hold = os.environ.get(HOLD_VARIABLE)
+        if hold:
+            held_mark(hold, os.getpid()).touch()
         while hold and Path(hold).exists():
             time.sleep(0.01)
         return super().prepare(rows, ids, weights)
@@ -230,36 +237,3 @@ class Held(ReferenceBackend):
 
     def open(self, context: RankContext) -> ReferenceSession:
         return _Session(context, lambda context, problem: _HeldOperation(context, problem, 1))
-
-
-class FailsOnce(ReferenceBackend):
-    """Fails in the first round ever, wrongly or by ending rank 0, and is correct from then on.
-
-    The kernel type names the way and a file that remembers it: ``drop:PATH`` or ``kill:PATH``.
-    """
-
-    name = "fails-once"
-
-    def open(self, context: RankContext) -> ReferenceSession:
-        return _OnceSession(context)
-
-
-class _OnceSession(ReferenceSession):
-    def build(self, problem: Problem, kernel_type: str) -> ReferenceOperation:
-        way, _, path = kernel_type.partition(":")
-        return _OnceOperation(self._context, problem, way, Path(path))
-
-
-class _OnceOperation(ReferenceOperation):
-    def __init__(self, context: RankContext, problem: Problem, way: str, mark: Path) -> None:
-        super().__init__(context, problem, 1)
-        self._rank, self._way, self._mark = context.rank, way, mark
-
-    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
-        received = super().prepare(rows, ids, weights)
-        if self._rank == 0 and not self._mark.exists():
-            self._mark.write_text("failed")
-            if self._way == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            received.count += 1
-        return received

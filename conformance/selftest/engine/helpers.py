@@ -16,7 +16,9 @@ ORPHAN_LIMIT_S = 5.0
 PATIENCE_S = 60.0
 
 
-def cell(factory: str = "Defective", world_size: int = 4, mode: Mode = "drained", kernel_type: str = "one-level") -> Cell:
+def cell(
+    factory: str = "Defective", world_size: int = 4, mode: Mode = "drained", kernel_type: str = "one-level"
+) -> Cell:
     """A small cell of a backend of this directory."""
     return Cell(
         check="round_trip",

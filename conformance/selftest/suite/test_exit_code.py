@@ -1,0 +1,59 @@
+"""The exit code of a run from the verdicts of its cells: the whole table of what outranks what.
+
+A pass does not prove that pytest reports it; the whole runs of the neighbouring modules do.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+from conformance.verdicts import PRODUCT_FAILURES, ExitCode, Verdict, exit_code
+
+_ALONE = {
+    Verdict.PASS: ExitCode.OK,
+    Verdict.FAIL: ExitCode.PRODUCT_FAILURE,
+    Verdict.CRASH: ExitCode.PRODUCT_FAILURE,
+    Verdict.HANG: ExitCode.PRODUCT_FAILURE,
+    Verdict.FINDING: ExitCode.OK,
+    Verdict.MISTRUSTED: ExitCode.INCOMPLETE,
+    Verdict.UNSUPPORTED: ExitCode.INCOMPLETE,  # nothing ran
+    Verdict.NOT_RUN: ExitCode.INCOMPLETE,
+    Verdict.INFRA: ExitCode.INFRASTRUCTURE,
+}
+#: What outranks what, strongest first.
+_RANKING = (ExitCode.PRODUCT_FAILURE, ExitCode.INFRASTRUCTURE, ExitCode.INCOMPLETE, ExitCode.OK)
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_every_verdict_has_an_exit_code(verdict: Verdict) -> None:
+    assert exit_code([verdict]) is _ALONE[verdict]
+
+
+def test_the_numbers_are_a_contract() -> None:
+    assert [(c.name, c.value) for c in ExitCode] == [
+        ("OK", 0),
+        ("PRODUCT_FAILURE", 1),
+        ("INCOMPLETE", 2),
+        ("INFRASTRUCTURE", 3),
+        ("USAGE", 4),
+    ]
+
+
+@pytest.mark.parametrize("pair", list(combinations(Verdict, 2)), ids=lambda pair: f"{pair[0].value}+{pair[1].value}")
+def test_of_two_verdicts_the_stronger_counts(pair: tuple[Verdict, Verdict]) -> None:
+    # UNSUPPORTED is no weakness of a run in which something else passed.
+    codes = {_ALONE[verdict] for verdict in pair if verdict is not Verdict.UNSUPPORTED}
+    assert exit_code(pair) is next(code for code in _RANKING if code in codes)
+    assert exit_code(reversed(pair)) is exit_code(pair)
+
+
+def test_nothing_at_all_is_incomplete() -> None:
+    assert exit_code([]) is ExitCode.INCOMPLETE
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_a_lost_worker_spoils_everything_but_a_product_failure(verdict: Verdict) -> None:
+    expected = ExitCode.PRODUCT_FAILURE if verdict in PRODUCT_FAILURES else ExitCode.INFRASTRUCTURE
+    assert exit_code([verdict, Verdict.PASS], lost_worker=True) is expected
