@@ -75,10 +75,10 @@ class Operation(Protocol):
     """One dispatch/combine operator of fixed geometry, alive until :meth:`close`."""
 
     def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
-        """Dispatch ``rows [n, H]``, ``ids [n, k]`` int32 and ``weights [n, k]`` float32. Collective; never syncs the host."""
+        """Dispatch ``rows [n, H]``, ``ids [n, k]`` int32, ``weights [n, k]`` float32. Collective, without host sync."""
 
     def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
-        """Sum ``expert_rows [R, H]`` (row i answers received row i) back to their sources. Collective; never syncs the host."""
+        """Sum ``expert_rows [R, H]`` back to their sources; row i answers received row i. Collective, no host sync."""
 
     def close(self) -> None:
         """Release the operator. Called in the same order on every rank."""

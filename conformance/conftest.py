@@ -66,7 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Wrong arguments are told before a machine is looked at.
     state.choose_items()
     if not _is_worker(config) and not config.getoption("collectonly"):
-        state.devices = controller.check_machine(state.options)
+        state.options, state.devices = controller.fit_to_machine(state.options)
+        state.choose_items()
         state.directory = controller.new_run_directory(state.options)
     configuration.set_hypothesis_home_dir(state.options.output / "hypothesis")
     config.stash[_STATE] = state

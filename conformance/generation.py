@@ -8,6 +8,7 @@ counts from the boundaries of the cell, then the rows: a small palette of rows d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 from random import Random
 
@@ -20,6 +21,7 @@ from conformance.recipes import ARCHETYPES, Row, Site
 #: Above this many (tokens x slots) over all ranks a round is a recipe.
 EXPLICIT_SLOTS = 256 * 8
 _PALETTE = 6
+MASKED = "masked"
 _MAX_SEED = 2**20 - 1
 _VALUES: tuple[Values, ...] = ("integers", "integers", "normal", "wide")
 
@@ -57,7 +59,11 @@ def palettes(draw: st.DrawFn, site: Site, archetype: str) -> tuple[Row, ...]:
     seed = draw(st.integers(0, _MAX_SEED))
     size = draw(st.integers(1, _PALETTE))
     random = Random(seed)
-    return tuple(tuple(ARCHETYPES[archetype](random, site)) for _ in range(size))
+    rows = [tuple(ARCHETYPES[archetype](random, site)) for _ in range(size)]
+    if archetype == MASKED:
+        # Chance alone might leave every row of a narrow palette whole.
+        rows[0] = (-1, *rows[0][1:])
+    return tuple(rows)
 
 
 @st.composite
@@ -76,9 +82,8 @@ def explicit_routing(draw: st.DrawFn, cell: Cell, counts: tuple[int, ...], arche
 
 
 @st.composite
-def rounds(draw: st.DrawFn, cell: Cell, contract: Contract, *, delays: bool) -> Round:
-    """One round that the cell's contract allows."""
-    names = [a for a in ARCHETYPES if _applies(a, cell, contract)]
+def rounds(draw: st.DrawFn, cell: Cell, names: Sequence[str], *, delays: bool) -> Round:
+    """One round of one of the named archetypes."""
     archetype = draw(st.sampled_from(names))
     parameter = draw(st.integers(0, cell.experts - 1))
     counts = draw(token_counts(cell.world_size, cell.capacity))
@@ -97,7 +102,7 @@ def rounds(draw: st.DrawFn, cell: Cell, contract: Contract, *, delays: bool) -> 
 
 
 def _applies(archetype: str, cell: Cell, contract: Contract) -> bool:
-    if archetype == "masked":
+    if archetype == MASKED:
         return contract.masked_slots is MaskedSlots.DROPPED
     if archetype == "one-node":
         return cell.nodes > 1
@@ -126,12 +131,28 @@ def every_expert(draw: st.DrawFn, cell: Cell) -> Case:
     return Case(cell, tuple(built))
 
 
+def strata(cell: Cell, contract: Contract, examples: int) -> list[tuple[str, int]]:
+    """Parts of a cell's budget: (archetype or "" for the mixture, cases).
+
+    Masked slots are what padding rows look like, and a mixture of ten archetypes may miss one in a small cell; where
+    the contract says they are dropped they get an eighth of the budget to themselves.
+    """
+    if cell.check == "placement" or examples < 2 or not _applies(MASKED, cell, contract):
+        return [("", examples)]
+    masked = max(1, examples // 8)
+    return [("", examples - masked), (MASKED, masked)]
+
+
 @st.composite
-def cases(draw: st.DrawFn, cell: Cell, contract: Contract) -> Case:
-    """A case of the cell: one round when drained, two to four when free-running, and all experts for placement."""
+def cases(draw: st.DrawFn, cell: Cell, contract: Contract, only: str = "") -> Case:
+    """A case of the cell: one round when drained, two to four when free-running, and all experts for placement.
+
+    ``only`` names an archetype that every round is to have.
+    """
     if cell.check == "placement":
         return draw(every_expert(cell))
+    names = [only] if only else [a for a in ARCHETYPES if _applies(a, cell, contract)]
     if cell.mode == "drained":
-        return Case(cell, (draw(rounds(cell, contract, delays=False)),))
+        return Case(cell, (draw(rounds(cell, names, delays=False)),))
     length = draw(st.integers(2, 4))
-    return Case(cell, tuple(draw(rounds(cell, contract, delays=True)) for _ in range(length)))
+    return Case(cell, tuple(draw(rounds(cell, names, delays=True)) for _ in range(length)))

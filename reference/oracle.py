@@ -146,9 +146,8 @@ def _add_up(
     unit = _UNIT[torch.float32] if in_float32 else _UNIT[dtype] * (1 + _UNIT[torch.float32]) + _UNIT[torch.float32]
     slack = _relative(count - 1, unit) * magnitude
     if grid is not None:
-        exact = (parts == parts[0]).all(0).all(-2)  # the end of an interval need not be on the grid
         bits = _SIGNIFICAND_BITS[torch.float32 if in_float32 else dtype]
-        slack = torch.where(exact & (magnitude <= grid * 2.0**bits), 0.0, slack)
+        slack = torch.where(magnitude <= grid * 2.0**bits, 0.0, slack)
     ends = _spread(total, slack)
     if in_float32:
         return round_half_even(round_half_even(ends, torch.float32) if slack.any() else ends, dtype)

@@ -64,11 +64,12 @@ class MoriBackend:
         if self.standin:
             return []
         findings = []
-        remedy = "use --backend mori-standin there"
         if device.partition(":")[0] != "cuda":
-            findings.append(Finding(f"mori needs a ROCm device, not {device}", remedy))
+            findings.append(Finding(f"mori needs a ROCm device, not {device}", "give --device cuda on a ROCm machine"))
         elif _torch_is_rocm() is False:
-            findings.append(Finding("mori needs a ROCm device, and this torch is no ROCm build", remedy))
+            findings.append(
+                Finding("mori needs a ROCm device, and this torch is no ROCm build", "use the ROCm image's torch")
+            )
         return findings + probe_mori()
 
     def open(self, context: RankContext) -> MoriSession:

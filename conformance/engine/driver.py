@@ -7,19 +7,19 @@ the driver never does: import torch, open a device, or look at a tensor.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from conformance.cases import Case, Cell
-from conformance.engine.pool import Pool, PoolKey, PoolStartError, Reply, signal_name
+from conformance.engine.pool import Pool, PoolKey, PoolStartError, Progress, Reply, signal_name
 from conformance.engine.protocol import Answer, Build, Canary, Mismatch, Run
 from conformance.rank.main import BACKEND_PHASE
 from conformance.verdicts import Verdict
 
-BUILD_LIMIT_S = float(os.environ.get("EP_CONFORMANCE_BUILD_LIMIT_S", "120"))
+#: Building an operator compiles kernels on a GPU; see START_LIMIT_S.
+BUILD_LIMIT_S = {"cpu": 120.0, "cuda": 3600.0}
 CANARY_LIMIT_S = 30.0
 
 
@@ -72,6 +72,7 @@ class Driver:
         device: str = "cpu",
         environment: Sequence[tuple[str, str]] = (),
         limits: Limits | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._backend, self._arch, self._device = backend, arch, device
         self._environment = tuple(environment)
@@ -81,7 +82,7 @@ class Driver:
         self._durations: list[float] = []
         self._infra_in_a_row = 0
         self.restarts = 0
-        self.on_phase: Callable[[str], None] = lambda text: None
+        self._progress = progress
 
     # ------------------------------------------------------------------ life of pools and operators
     def close(self) -> None:
@@ -104,18 +105,17 @@ class Driver:
             self.close()
         if self._pool is None:
             try:
-                self._pool = Pool(key)
+                self._pool = Pool(key, self._progress)
             except PoolStartError as error:
                 self.restarts += 1
                 _raise_if_ours(error.reply, "start")
                 return _outcome_of(error.reply, "start")
-            self._durations = []
             reply = self._pool.command(Canary, CANARY_LIMIT_S)
             if not reply.alive:
                 self.discard()
                 raise InfraError("a fresh pool failed its canary exchange: " + _describe(reply))
         if self._cell != cell:
-            reply = self._pool.command(Build, BUILD_LIMIT_S, cell=cell)
+            reply = self._pool.command(Build, BUILD_LIMIT_S[self._device], cell=cell)
             if not reply.alive:
                 self.discard()
                 _raise_if_ours(reply, "build")
@@ -128,8 +128,13 @@ class Driver:
         self._cell = None
 
     # ------------------------------------------------------------------ running
-    def run(self, case: Case, *, limit_s: float | None = None) -> Outcome:
-        """Run a case once and say what happened.
+    @property
+    def patient_s(self) -> float:
+        """Seconds after which a case is too slow to be a slow pass, from the passed cases of this driver."""
+        return self.limits.factor * statistics.median(self._durations[-50:]) if self._durations else 0.0
+
+    def run(self, case: Case, *, limit_s: float | None = None, stacks: bool = True) -> Outcome:
+        """Run a case once and say what happened; without ``stacks``, silent ranks are not asked where they are.
 
         Raises:
             InfraError: the harness itself failed (its own exception, lost lockstep, a pool that does not come up).
@@ -139,6 +144,7 @@ class Driver:
             return failed
         assert self._pool is not None
         started = time.monotonic()
+        self._pool.dump_stacks = stacks
         reply = self._pool.command(Run, limit_s or self._limit(), case=case)
         seconds = time.monotonic() - started
         if not reply.alive:
@@ -154,10 +160,7 @@ class Driver:
         return outcome
 
     def _limit(self) -> float:
-        if not self._durations:
-            return self.limits.first_s
-        recent = self._durations[-50:]
-        return max(self.limits.floor_s, self.limits.factor * statistics.median(recent))
+        return max(self.limits.floor_s, self.patient_s) if self._durations else self.limits.first_s
 
 
 def _raise_if_ours(reply: Reply, stage: str) -> None:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,11 +24,24 @@ from conformance.engine.protocol import Answer, Build, Canary, Command, Run, Sto
 from conformance.engine.stacks import rank_stack
 from conformance.rank.main import RankSetup, main, read_phase
 
-#: Seconds a rank may take to import torch, join the process group and initialise its library.
-START_LIMIT_S = 120.0
+#: Seconds a rank may take to import torch, join the process group and initialise its library, by device. MoRI compiles
+#: kernels meanwhile, under a lock that a killed compile would leave behind for ever, so on a GPU the limit is remote.
+START_LIMIT_S = {"cpu": 120.0, "cuda": 3600.0}
+#: Seconds between two lines of progress while a command is under way.
+PROGRESS_S = 15.0
+Progress = Callable[[str], None]
 #: After the first rank failed, the others get this long before the pool dies.
 GRACE_S = 1.0
-PRELOAD = ("torch", "torch.distributed", "conformance.rank.session")
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "conformance.rank.session",
+    "accelerated.allgather",
+    "accelerated.mori_ep.adapter",
+    "accelerated.standin.mori_ep.jit_config",
+    "accelerated.standin.mori_ep.ops",
+    "accelerated.standin.mori_ep.shmem",
+)
 
 
 @dataclass
@@ -69,10 +83,13 @@ class PoolStartError(RuntimeError):
 class Pool:
     """``world_size`` rank processes of one backend."""
 
-    def __init__(self, key: PoolKey, scratch: Path | None = None) -> None:
+    def __init__(self, key: PoolKey, progress: Progress | None = None) -> None:
         self.key = key
+        self._progress = progress or (lambda text: None)
         self._sequence = 0
-        self._directory = Path(tempfile.mkdtemp(prefix="ep-pool-", dir=scratch))
+        #: Stacks cost up to seconds per silent rank; a search that only asks whether it hangs does without.
+        self.dump_stacks = True
+        self._directory = Path(tempfile.mkdtemp(prefix="ep-pool-"))
         method = "forkserver" if key.device == "cpu" else "spawn"
         context = multiprocessing.get_context(method)
         if key.device == "cpu":
@@ -96,7 +113,7 @@ class Pool:
             self._connections.append(ours)
             self._lifelines.append(lifeline)
             self._processes.append(process)
-        reply = self._collect(0, START_LIMIT_S)
+        reply = self._collect(0, START_LIMIT_S[key.device])
         self.start_seconds = time.monotonic() - started
         self.preloaded = all(a.text == "preloaded" for a in reply.answers.values())
         if len(reply.answers) < key.world_size or any(a.status != "ready" for a in reply.answers.values()):
@@ -143,14 +160,20 @@ class Pool:
 
     def _collect(self, sequence: int, limit_s: float) -> Reply:
         reply = Reply()
-        deadline = time.monotonic() + limit_s
+        started = time.monotonic()
+        deadline, told = started + limit_s, started
         waiting = set(range(self.key.world_size))
         while waiting:
             ends = {self._connections[r]: r for r in waiting}
             sentinels = {self._processes[r].sentinel: r for r in waiting}
-            ready = wait([*ends, *sentinels], max(0.0, deadline - time.monotonic()))
+            ready = wait([*ends, *sentinels], min(PROGRESS_S, max(0.0, deadline - time.monotonic())))
+            if time.monotonic() - told >= PROGRESS_S:
+                told = time.monotonic()
+                self._progress(f"{told - started:.0f} s: " + ", ".join(self._where(rank) for rank in sorted(waiting)))
             if not ready:
-                break
+                if time.monotonic() >= deadline:
+                    break
+                continue
             for rank in sorted({ends[e] if e in ends else sentinels[e] for e in ready}):  # type: ignore[index]
                 if self._receive(rank, sequence, reply):
                     waiting.discard(rank)
@@ -162,6 +185,9 @@ class Pool:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
         self._conclude(reply, waiting)
         return reply
+
+    def _where(self, rank: int) -> str:
+        return f"rank {rank} in {read_phase(self._directory / f'phase-{rank}')}"
 
     def _receive(self, rank: int, sequence: int, reply: Reply) -> bool:
         """Read one message or notice a death; True if nothing more is to come from this rank."""
@@ -191,7 +217,8 @@ class Pool:
                 reply.phases[rank] = read_phase(self._directory / f"phase-{rank}")
                 stack_file = self._directory / f"stack-{rank}.txt"
                 pid = self._processes[rank].pid if rank in waiting else None
-                reply.stacks[rank] = rank_stack(stack_file, pid)
+                if self.dump_stacks:
+                    reply.stacks[rank] = rank_stack(stack_file, pid)
         failed = bool(reply.missing or reply.dead or reply.lost_lockstep)
         reply.alive = not failed and all(a.status in ("ready", "pass", "fail") for a in reply.answers.values())
 

@@ -135,7 +135,7 @@ class Reducer:
             length //= 2
 
     def _fewer_tokens(self, fraction: int | None = None) -> None:
-        """Everything out, all but one, each rank of each round, then halves, quarters ... of all tokens, down to one."""
+        """Everything out, all but one, each rank of each round, then halves, quarters ... of all, down to one."""
         if self._best.tokens == 0 or self._try(steps.map_tokens(self._best, lambda i, r, tokens: ())):
             return
         if self._first(steps.single_tokens(self._best, _ALONE)):

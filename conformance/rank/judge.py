@@ -71,8 +71,8 @@ def judge_dispatch(index: int, seen: Observed, want: ExpectedRows, contract: Con
     """Compare received rows with the expected ones; None if they agree."""
     count, room = int(seen.count.item()), seen.rows.shape[0]
     expected_count = want.keys.shape[0]
-    if malformed := _malformed(seen, want):
-        return Mismatch("dispatch.layout", index, malformed)
+    if malformed := _malformed(index, seen, want):
+        return malformed
     if count != expected_count or count > room:
         # The count alone says too little: name the rows as well where they can be read.
         detail = _row_set_difference(seen, want, min(max(count, 0), room), index)
@@ -99,16 +99,19 @@ def judge_dispatch(index: int, seen: Observed, want: ExpectedRows, contract: Con
     return _bad_source_map(index, seen, keys) or _bad_order(index, keys, flat, contract.row_order)
 
 
-def _malformed(seen: Observed, want: ExpectedRows) -> str:
-    """How the received tensors differ in element type, width or number of rows from each other or from the contract."""
-    for name in ("rows", "ids", "weights"):
-        got, wanted = getattr(seen, name), getattr(want, name)
-        if got.dtype != wanted.dtype or got.shape[1:] != wanted.shape[1:] or got.shape[0] != seen.rows.shape[0]:
-            return (
-                f"received {name} are {list(got.shape)} {got.dtype} next to {seen.rows.shape[0]} rows, "
-                f"expected {wanted.shape[1]} columns of {wanted.dtype}"
-            )
-    return ""
+def _malformed(index: int, seen: Observed, want: ExpectedRows) -> Mismatch | None:
+    """Received tensors whose element type, width or number of rows is not the contract's."""
+    room = seen.rows.shape[0]
+    for check, got, wanted in (
+        ("dispatch.payload", seen.rows, want.rows),
+        ("dispatch.ids", seen.ids, want.ids),
+        ("dispatch.weights", seen.weights, want.weights),
+    ):
+        shape = [room, *wanted.shape[1:]]
+        if list(got.shape) != shape or got.dtype != wanted.dtype:
+            message = f"received {list(got.shape)} {got.dtype} in a buffer of {room} rows"
+            return Mismatch(check, index, message, got=message, wanted=f"{shape} {wanted.dtype}")
+    return None
 
 
 def _row_set_difference(seen: Observed, want: ExpectedRows, count: int, index: int) -> str:

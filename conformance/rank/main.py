@@ -11,6 +11,7 @@ import faulthandler
 import fcntl
 import mmap
 import os
+import resource
 import signal
 import struct
 import sys
@@ -74,6 +75,8 @@ def main(setup: RankSetup, connection: Connection, lifeline: Connection) -> None
     """Entry point of a rank process."""
     preloaded = "torch" in sys.modules
     die_with(lifeline)
+    # Writing a core file may outlast the grace period, and then a blocked rank would seem to have failed first.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides when a rank ends
     os.environ.update(dict(setup.environment))
     directory = Path(setup.directory)

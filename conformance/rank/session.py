@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from accelerated.interface import Operation, RankContext, Received
+from accelerated.interface import Combined, Operation, RankContext, Received
 from accelerated.registry import backend
 from conformance.cases import Case, Cell
 from conformance.engine.protocol import Mismatch
@@ -44,12 +44,18 @@ def _backend_code() -> Iterator[None]:
 class _Guarded:
     """An operation whose exceptions are marked as the backend's."""
 
-    def __init__(self, operation: Operation) -> None:
+    def __init__(self, operation: Operation, hidden: int, top_k: int) -> None:
         self._operation = operation
+        self._hidden, self._top_k = hidden, top_k
 
     def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
         with _backend_code():
             received = self._operation.prepare(rows, ids, weights)
+            capacity = received.rows.shape[0]
+            _expect("rows", received.rows, (capacity, self._hidden), rows.dtype)
+            _expect("ids", received.ids, (capacity, self._top_k), torch.int32)
+            _expect("weights", received.weights, (capacity, self._top_k), torch.float32)
+            _expect("count", received.count, (1,), torch.int32)
         if received.source_map is not None:
             inner = received.source_map
 
@@ -60,13 +66,27 @@ class _Guarded:
             received.source_map = guarded
         return received
 
-    def finalize(self, expert_rows: torch.Tensor, received: Received):  # type: ignore[no-untyped-def]
+    def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
         with _backend_code():
-            return self._operation.finalize(expert_rows, received)
+            combined = self._operation.finalize(expert_rows, received)
+            _expect("output", combined.output, tuple(combined.output.shape), expert_rows.dtype)
+            return combined
 
     def close(self) -> None:
         with _backend_code():
             self._operation.close()
+
+
+def _expect(name: str, got: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Malformed results are the backend's failure and must not trip our own code later.
+
+    Raises:
+        TypeError: ``got`` is no tensor of that shape and element type.
+    """
+    if not isinstance(got, torch.Tensor):
+        raise TypeError(f"{name} is {type(got).__name__}; the interface asks for a tensor")
+    if tuple(got.shape) != shape or got.dtype != dtype:
+        raise TypeError(f"{name} is {list(got.shape)} {got.dtype}; the interface asks for {list(shape)} {dtype}")
 
 
 class RankSession:
@@ -107,7 +127,8 @@ class RankSession:
         problem = cell.problem()
         contract = self._backend.contract(problem, cell.kernel_type)
         with _backend_code():
-            self._operation = _Guarded(self._session.build(problem, cell.kernel_type))
+            built = self._session.build(problem, cell.kernel_type)
+        self._operation = _Guarded(built, cell.hidden, cell.top_k)
         experts = LocalExperts(cell, self._context.rank, self._context.device)
         self._program = Program(self._context, self._operation, contract, self._backend.judged_by, experts)
 

@@ -16,6 +16,8 @@ import msgspec
 import pytest
 
 from accelerated.contract import Standing
+from accelerated.interface import Finding
+from accelerated.mori_ep.launch import session_heap_bytes
 from accelerated.registry import BackendError, backend
 from conformance import __version__
 from conformance.cases import Case, CaseError, decode
@@ -25,34 +27,62 @@ from conformance.suite.options import Options, prepare_output
 from conformance.suite.plan import Plan, PlannedCell, make_plan
 from conformance.suite.records import RecordWriter, RunRecord
 from conformance.verdicts import ExitCode
+from reference.catalogue import architectures
+
+#: Cases worth running on every backend, whatever found them.
+CORPUS = Path(__file__).parents[2] / "fixtures" / "corpus"
 
 
-def check_machine(options: Options) -> tuple[str, ...]:
-    """Preflight; the UUIDs of the visible GPUs, if the ranks run on them.
+def fit_to_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
+    """Preflight; the options with what only the machine tells, and the UUIDs of the GPUs, if the ranks run on them.
 
     Ends the run with exit 3 and one line per finding.
+
+    Raises:
+        pytest.UsageError: the options ask for GPUs or an architecture that this machine does not have.
     """
     findings = preflight.check_torch()
-    widest = max(options.ep_sizes)
-    findings += preflight.check_machine(widest, options.device)
     for name in (*options.backends, *options.companions):
         findings += [f for f in backend(name, options.arch).preflight(options.device) if f not in findings]
+    devices: list[preflight.Device] = []
+    if options.device == "cuda" and not findings:
+        try:
+            devices = preflight.visible_devices()
+        except RuntimeError as error:
+            findings.append(Finding(str(error), "make sure that torch works on this machine"))
+        else:
+            options = _fit_to_devices(options, devices)
+            if "mori" in options.backends:
+                findings += preflight.check_memory(devices, session_heap_bytes(max(options.ep_sizes)))
+    findings += preflight.check_machine(max(options.ep_sizes), options.device)
     if findings:
         lines = [f"preflight: {f.what}; {f.remedy}" for f in findings]
         pytest.exit("\n".join(lines), returncode=ExitCode.INFRASTRUCTURE)
-    if options.device == "cpu":
-        return ()
-    try:
-        devices = preflight.visible_devices()
-    except RuntimeError as error:
-        pytest.exit(f"preflight: {error}", returncode=ExitCode.INFRASTRUCTURE)
+    return options, tuple(device.uuid for device in devices)
+
+
+def _fit_to_devices(options: Options, devices: list[preflight.Device]) -> Options:
+    """EP sizes up to the number of GPUs unless the user gave them, and the GPUs' own architecture."""
     if not devices:
         raise pytest.UsageError("--device is cuda and torch sees no GPU; make one visible or give --device cpu")
-    if len(devices) < widest:
+    sizes = options.ep_sizes
+    if not options.ep_sizes_given:
+        sizes = tuple(size for size in sizes if size <= len(devices))
+    if max(sizes) > len(devices):
         raise pytest.UsageError(
-            f"--ep-sizes asks for {widest} GPUs and {len(devices)} are visible; give --ep-sizes up to {len(devices)}"
+            f"--ep-sizes asks for {max(sizes)} GPUs and {len(devices)} are visible; "
+            f"give --ep-sizes up to {len(devices)}"
         )
-    return tuple(device.uuid for device in devices)
+    found = sorted({device.arch for device in devices if device.arch})
+    if len(found) > 1:
+        raise pytest.UsageError(f"the visible GPUs differ ({', '.join(found)}); make those of one architecture visible")
+    arch = found[0] if found else options.arch
+    if options.arch_given and arch != options.arch:
+        raise pytest.UsageError(f"--arch is {options.arch} and the GPUs are {arch}; leave --arch out")
+    if arch not in architectures():
+        known = ", ".join(sorted(architectures()))
+        raise pytest.UsageError(f"the GPUs are {arch}, for which there is no contract; known are {known}")
+    return replace(options, ep_sizes=sizes, arch=arch)
 
 
 def plan_of(options: Options) -> Plan:
@@ -85,19 +115,21 @@ def plan_of(options: Options) -> Plan:
 
 
 def replayed_cases(options: Options) -> list[tuple[Path, Case]]:
-    """Recorded cases to run: the named files, or the corpus and every stored failure.
+    """Recorded cases to run: the named files and directories, or the corpus and every stored failure.
+
+    A case of the corpus belongs to no backend: it runs on the one under test.
 
     Raises:
         pytest.UsageError: a file is missing or not a case, or there is nothing to replay.
     """
-    corpus = Path(__file__).parents[2] / "fixtures" / "corpus"
-    files = list(options.replay)
-    if not files:
-        files = sorted(corpus.glob("*.json")) + sorted(options.failures.glob("*/case.json"))
     found = []
-    for path in files:
+    for path in _replay_files(options):
         try:
             case = decode(path.read_bytes(), str(path))
+            if CORPUS in path.parents:
+                case = msgspec.structs.replace(
+                    case, cell=msgspec.structs.replace(case.cell, backend=options.backends[0])
+                )
             _check_replay(path, case, options)
             found.append((path, case))
         except OSError as error:
@@ -105,8 +137,14 @@ def replayed_cases(options: Options) -> list[tuple[Path, Case]]:
         except CaseError as error:
             raise pytest.UsageError(str(error)) from error
     if not found:
-        raise pytest.UsageError(f"nothing to replay: neither {corpus} nor {options.failures} holds a case")
+        raise pytest.UsageError(f"nothing to replay: neither {CORPUS} nor {options.failures} holds a case")
     return found
+
+
+def _replay_files(options: Options) -> list[Path]:
+    if not options.replay:
+        return sorted(CORPUS.glob("*.json")) + sorted(options.failures.glob("*/case.json"))
+    return [file for path in options.replay for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
 
 
 def open_run(options: Options, plan: Plan, labels: tuple[str, ...], directory: Path) -> None:
@@ -164,7 +202,7 @@ def options_of_replay(options: Options, cases: list[Case]) -> Options:
     """Options of a replay: its backends and EP sizes are those of the cases, so the banner tells what really ran."""
     names = tuple(dict.fromkeys(case.cell.backend for case in cases))
     sizes = tuple(sorted({case.cell.world_size for case in cases}))
-    return replace(options, backends=names, companions=(), ep_sizes=sizes)
+    return replace(options, backends=names, companions=(), ep_sizes=sizes, ep_sizes_given=True)
 
 
 def _check_replay(path: Path, case: Case, options: Options) -> None:

@@ -43,6 +43,7 @@ def classes(case: Case) -> tuple[str, ...]:
     return tuple(sorted(hit))
 
 
-def required(world_size: int) -> frozenset[str]:
-    """Classes without which a cell's checks mean nothing."""
-    return frozenset({"row crosses ranks"} if world_size > 1 else ())
+def required(world_size: int, *, masked: bool) -> frozenset[str]:
+    """Classes without which a cell's checks mean nothing; ``masked`` if part of its budget is for masked slots."""
+    crossing = {"row crosses ranks"} if world_size > 1 else set()
+    return frozenset(crossing | ({"masked slot"} if masked else set()))

@@ -42,6 +42,8 @@ class Options:
     time_budget_s: float
     reduce_budget_s: float
     replay: tuple[Path, ...]
+    ep_sizes_given: bool = False  # what was not given follows the machine
+    arch_given: bool = False
 
     @property
     def records(self) -> Path:
@@ -105,7 +107,7 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="S",
         help="seconds one failure's reduction may take (default: 90)",
     )
-    group.addoption("--replay", action="append", default=None, metavar="FILE", help="run exactly these recorded cases")
+    group.addoption("--replay", action="append", default=None, metavar="PATH", help="run exactly these recorded cases")
 
 
 def read_options(config: pytest.Config) -> Options:
@@ -142,8 +144,10 @@ def read_options(config: pytest.Config) -> Options:
         companions=companions,
         kernel_types=kernel_types,
         ep_sizes=_ep_sizes(config.getoption("--ep-sizes"), tier),
+        ep_sizes_given=config.getoption("--ep-sizes") is not None,
         device=device,
         arch=arch,
+        arch_given=config.getoption("--arch") is not None,
         tier=tier,
         models=_models(config.getoption("--model")),
         only_models=bool(config.getoption("--model")),

@@ -104,6 +104,18 @@ def check_machine(ranks: int, device: str) -> list[Finding]:
     return findings + _stale_locks()
 
 
+def check_memory(devices: list[Device], heap_bytes: int) -> list[Finding]:
+    """Has every GPU room for the symmetric heap, which MoRI allocates in full up front?"""
+    return [
+        Finding(
+            f"GPU {device.uuid} has {device.free_bytes >> 20} MiB free; MoRI's heap takes {heap_bytes >> 20} MiB",
+            "end what occupies it, or make other GPUs visible",
+        )
+        for device in devices
+        if device.free_bytes < heap_bytes
+    ]
+
+
 def _stale_locks() -> list[Finding]:
     """MoRI's JIT lock has no owner and no timeout: one left by a killed compile blocks every later run."""
     cache = Path(os.environ.get("MORI_JIT_CACHE_DIR", Path.home() / ".mori" / "jit"))

@@ -46,15 +46,17 @@ class RunState:
         return {"replay"} if self.options.tier == "replay" else {p.cell.check for p in self.plan.cells}
 
     def worker_input(self) -> dict[str, Any]:
-        """What a worker needs besides the command line."""
+        """What a worker needs besides the command line: what only the machine or the clock told the controller."""
         return {
             "ep_directory": str(self.directory),
             "ep_seed": self.options.seed,
+            "ep_arch": self.options.arch,
+            "ep_sizes": list(self.options.ep_sizes),
             "ep_devices": list(self.devices),
         }
 
     @classmethod
     def from_worker_input(cls, options: Options, given: dict[str, Any]) -> RunState:
         """The state of a worker."""
-        options = replace(options, seed=given["ep_seed"])
+        options = replace(options, seed=given["ep_seed"], arch=given["ep_arch"], ep_sizes=tuple(given["ep_sizes"]))
         return cls(options, Path(given["ep_directory"]), tuple(given["ep_devices"]))

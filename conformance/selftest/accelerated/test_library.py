@@ -121,7 +121,7 @@ def test_preflight_wants_a_rocm_device_for_the_real_library_only(place: Path, mo
     assert double.preflight("cpu") == double.preflight("cuda") == []
     (finding,) = real.preflight("cpu")
     assert "not cpu" in finding.what
-    assert "--backend mori-standin" in finding.remedy
+    assert "--device cuda" in finding.remedy
     for rocm, findings in ((True, 0), (None, 0), (False, 1)):
         monkeypatch.setattr(backend, "_torch_is_rocm", lambda rocm=rocm: rocm)
         assert len(real.preflight("cuda:0")) == findings

@@ -37,15 +37,15 @@ def cell(
 
 def case(where: Cell, defect: Defect | None = None, *, rank: int = 0, rounds: int = 1, seed: int = 0) -> Case:
     """Every rank sends one token across; in the last round ``rank`` also asks for a defect."""
-    plain = [((r, where.experts - 1 - r),) for r in range(where.world_size)]
-    asking = [*plain]
+    plain: list[tuple[tuple[int, ...], ...]] = [((r, where.experts - 1 - r),) for r in range(where.world_size)]
+    asking: list[tuple[tuple[int, ...], ...]] = [*plain]
     if defect is not None:
         asking[rank] = (*plain[rank], (int(defect), int(defect)))
-    drawn = [plain] * (rounds - 1) + [asking]
+    drawn = [*[plain] * (rounds - 1), asking]
     return Case(where, tuple(Round(Explicit(tuple(rows)), seed=seed) for rows in drawn))
 
 
-def wait_until(condition: Callable[[], T], limit_s: float = PATIENCE_S) -> T:
+def wait_until(condition: Callable[[], T | None], limit_s: float = PATIENCE_S) -> T:
     """Poll until the condition is true; its value.
 
     Raises:

@@ -73,8 +73,8 @@ def test_a_rank_killed_from_outside_is_a_crash_and_the_pool_is_replaced(tmp_path
         assert alive(ranks) == [], "the whole pool is replaced"
 
 
-def test_a_killed_pool_leaves_no_process(tmp_path: Path) -> None:
-    pool = Pool(PoolKey(4, "reference"), tmp_path)
+def test_a_killed_pool_leaves_no_process() -> None:
+    pool = Pool(PoolKey(4, "reference"))
     pids = pool.pids
     pool.kill()
     assert alive(pids) == []

@@ -93,6 +93,7 @@ def test_an_exception_is_a_failure_of_its_type_and_the_others_get_the_grace_peri
     assert "raise_value_error" in outcome.text, "the traceback is in the text"
     assert GRACE_S <= outcome.seconds < LONG_S / 2
     assert set(outcome.stacks) == {0, 2, 3}, "the others were blocked in the collective"
+    assert all("in prepare" in stack for stack in outcome.stacks.values()), outcome.stacks
 
 
 def test_a_wrong_result_is_a_failure_of_its_check_and_keeps_the_pool(driver: Driver) -> None:

@@ -5,7 +5,11 @@ A pass does not prove that the limits fit a machine whose first case compiles ke
 
 from __future__ import annotations
 
+import os
+import signal
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +26,10 @@ def driver_of(factory: str, **options: object) -> Driver:
     return Driver(f"{MODULE}:{factory}", **options)  # type: ignore[arg-type]
 
 
-def test_a_pool_starts_preloaded_and_leaves_nothing(tmp_path: Path) -> None:
-    pool = Pool(PoolKey(4, "reference"), tmp_path)
+def test_a_pool_starts_preloaded_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pool = Pool(PoolKey(4, "reference"))
+    assert list(tmp_path.iterdir())
     pids = pool.pids
     assert pool.preloaded, "torch was imported in every rank instead of once in the forkserver"
     assert pool.command(Canary, 30.0).alive
@@ -32,7 +38,7 @@ def test_a_pool_starts_preloaded_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_restart_time(record_property: pytest.RecordProperty) -> None:
+def test_restart_time(record_property: Callable[[str, object], None]) -> None:
     """Printed, not judged: it depends on the machine."""
     driver = driver_of("Defective")
     good = case(cell())
@@ -96,9 +102,6 @@ def test_the_first_case_of_a_pool_has_a_limit_of_its_own() -> None:
 
 
 def test_a_rank_that_dies_between_cases_is_noticed() -> None:
-    import os
-    import signal
-
     driver = driver_of("Defective")
     where = cell(world_size=2)
     try:

@@ -17,7 +17,7 @@ from conformance.suite.records import RecordWriter
 from reference.catalogue import model_shapes
 
 #: Seconds after which a case counts as hanging.
-LIMIT_S = 1.5
+LIMIT_S = 1.2
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,6 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     )
     made = Harness(options, RecordWriter(output / "records.jsonl"), limits=Limits(floor_s=LIMIT_S, first_s=10.0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness_module, "REDUCTION_HANG_FLOOR_S", LIMIT_S / 2)
+        patch.setattr(harness_module, "REDUCTION_HANG_FLOOR_S", 0.7 * LIMIT_S)
         yield made
     made.close()

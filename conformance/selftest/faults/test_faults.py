@@ -25,6 +25,11 @@ from reference.problem import Problem
 _PLACES = [(k, 1) for k in KERNEL_TYPES] + [(k, 2) for k in ("InterNodeV1", "InterNodeV1LL", "AsyncLL")]
 
 
+#: Draws of masked rows are rare where a token has one slot, the only layer on which InterNode drops them: the gate
+#: meets one at EP 2 only.
+_FIXED = {("masked_as_rank_zero", "InterNode", 1): 2}
+
+
 def _rotation() -> list[tuple[str, str, int, int]]:
     """(fault, kernel type, nodes, EP size): per fault one kernel type at EP 8, the others at 2 and 4."""
     found = []
@@ -33,7 +38,8 @@ def _rotation() -> list[tuple[str, str, int, int]]:
         for number, (kernel_type, nodes) in enumerate(places):
             small = 4 if nodes > 1 else (2, 4)[(turn + number) % 2]
             wide = number == turn % len(places)
-            found.append((fault.name, kernel_type, nodes, 8 if wide else small))
+            world_size = _FIXED.get((fault.name, kernel_type, nodes), 8 if wide else small)
+            found.append((fault.name, kernel_type, nodes, world_size))
     return found
 
 
@@ -96,27 +102,29 @@ def test_fault_is_caught_and_reduced(
         assert failure.failed == failure.repeats
 
 
+@pytest.mark.parametrize("name", ["segfault", "blocked_in_gloo"])
+def test_lost_rank_is_caught_and_reduced(harness: Harness, name: str) -> None:
+    fault = PROCESS_FAULTS[name]
+    assert_minimal(fault, *caught(harness, gate_cells(fault, "IntraNode", 1, 2)))
+
+
 @pytest.mark.parametrize(
     ("name", "frame"),
     [("segfault", "_strike"), ("python_wait", "_strike"), ("native_wait", "_strike"), ("blocked_in_gloo", "in recv")],
 )
-def test_lost_rank_is_caught_and_reduced(harness: Harness, name: str, frame: str) -> None:
+def test_run_goes_on_after_a_lost_rank(harness: Harness, name: str, frame: str) -> None:
     fault = PROCESS_FAULTS[name]
-    planned, failure = caught(harness, gate_cells(fault, "IntraNode", 1, 2))
-    assert_minimal(fault, planned, failure)
-    assert frame in failure.outcome.stacks[1]
-    assert failure.outcome.phases[1] == "prepare of round 0"
-
-
-@pytest.mark.parametrize("name", ["segfault", "native_wait"])
-def test_run_goes_on_after_a_lost_rank(harness: Harness, name: str) -> None:
-    cell = cell_for(PROCESS_FAULTS[name].backend, "AsyncLL", 2, 1, GATE[0], None)
+    cell = cell_for(fault.backend, "AsyncLL", 2, 1, GATE[0], None)
     good = Case(cell, (Round(Explicit((((0, 1),), ((2, 3),)))),))
     bad = Case(cell, (Round(Explicit((((0, 3),), ((2, 3),)))),))
     planned = PlannedCell(cell, 1, claimed=True)
     harness.replay(good, planned)
-    with pytest.raises(ConformanceFailure):
+    with pytest.raises(ConformanceFailure) as caught_:
         harness.replay(bad, planned)
+    outcome = caught_.value.failure.outcome
+    assert outcome.key == (fault.verdict, fault.check)
+    assert frame in outcome.stacks[1]
+    assert outcome.phases[1] == "prepare of round 0"
     harness.replay(good, planned)
 
 

@@ -26,7 +26,8 @@ def to_bfloat16(value: Array) -> Array:
     """Nearest bfloat16 of float32 or float64 ``value``, ties to even, by splitting off 8 bits; float32."""
     wide = value.astype(np.float64)
     unit = np.ldexp(1.0, np.maximum(np.frexp(wide)[1], -125) - 8)
-    return (np.rint(wide / unit) * unit).astype(np.float32)
+    rounded: Array = (np.rint(wide / unit) * unit).astype(np.float32)
+    return rounded
 
 
 def add_float32(left: Array, right: Array) -> Array:
@@ -93,7 +94,7 @@ def orders(terms: Array, add: Add, random: np.random.Generator) -> Iterator[Arra
 
 
 def _in_turn(terms: Array, add: Add) -> Array:
-    total = np.zeros_like(terms[0])
+    total: Array = np.zeros_like(terms[0])
     for term in terms:
         total = add(total, term)
     return total
@@ -103,4 +104,5 @@ def _pairwise(terms: Array, add: Add) -> Array:
     rest = list(terms)
     while len(rest) > 1:
         rest = [add(a, b) for a, b in zip(rest[::2], rest[1::2], strict=False)] + rest[len(rest) // 2 * 2 :]
-    return rest[0]
+    total: Array = rest[0]
+    return total

@@ -10,6 +10,7 @@ import importlib
 import json
 import multiprocessing
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,11 +36,11 @@ def scenarios_of(module: str) -> list[str]:
     return [n for n, f in found.items() if not n.startswith("_") and getattr(f, "__module__", "") == module]
 
 
-def run(size: int, module: str, folder: Path) -> list[dict[str, str]]:
-    """Run every scenario of ``module`` on ``size`` ranks; {scenario: error or ""} of every rank."""
+def run(size: int, modules: Sequence[str], folder: Path) -> list[dict[str, str]]:
+    """Run every scenario of ``modules`` on ``size`` ranks; {scenario: error or ""} of every rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed"])
-    ranks = [context.Process(target=_rank, args=(rank, size, module, str(folder))) for rank in range(size)]
+    ranks = [context.Process(target=_rank, args=(rank, size, list(modules), str(folder))) for rank in range(size)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -50,11 +51,17 @@ def run(size: int, module: str, folder: Path) -> list[dict[str, str]]:
     return [_collect(folder / f"rank{rank}.jsonl") for rank in range(size)]
 
 
-def failures(reports: list[dict[str, str]], scenario: str) -> str:
-    """What went wrong in a scenario, rank by rank; "" if nothing did."""
+def failures(reports: list[dict[str, str]], modules: Sequence[str]) -> str:
+    """What went wrong, scenario by scenario and rank by rank; "" if every scenario passed on every rank."""
     missing = "the rank ended or hung before its end"
-    errors = [report.get(scenario, missing) for report in reports]
-    return "\n".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+    found = [
+        f"{name} on rank {rank}: {report.get(name, missing)}"
+        for module in modules
+        for name in scenarios_of(module)
+        for rank, report in enumerate(reports)
+        if report.get(name, missing)
+    ]
+    return "\n".join(found)
 
 
 def _collect(path: Path) -> dict[str, str]:
@@ -62,18 +69,17 @@ def _collect(path: Path) -> dict[str, str]:
     return {name: error for line in lines for name, error in json.loads(line).items()}
 
 
-def _rank(rank: int, size: int, module: str, folder: str) -> None:
+def _rank(rank: int, size: int, modules: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     with Path(folder, f"rank{rank}.jsonl").open("w", encoding="utf-8") as report:
         store = dist.FileStore(f"{folder}/store", size)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
         group = dist.group.WORLD
         assert group is not None
-        scenarios = importlib.import_module(module)
-        for name in scenarios_of(module):
+        for module, name in [(owner, name) for owner in modules for name in scenarios_of(owner)]:
             error = ""
             try:
-                getattr(scenarios, name)(World(rank, size, group))
+                getattr(importlib.import_module(module), name)(World(rank, size, group))
             except Exception:  # noqa: BLE001  reported to the driver, which fails the test
                 error = traceback.format_exc()
             report.write(json.dumps({name: error}) + "\n")

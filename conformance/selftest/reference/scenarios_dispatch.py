@@ -6,7 +6,7 @@ proves nothing about other process groups than gloo.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 import pytest
@@ -159,15 +159,38 @@ def strided_inputs(world: World) -> None:
         assert torch.equal(getattr(loose, name), getattr(dense, name)), name
 
 
-def number_of_collectives(world: World) -> None:
+def columns_of_one_element_with_stride_0(world: World) -> None:
+    # They count as contiguous, so contiguous() leaves the stride that view() refuses.
+    column = torch.arange(3.0).as_strided((3, 1), (1, 0))
+    assert column.is_contiguous()
+    ids = torch.zeros(3, dtype=torch.int32).as_strided((3, 1), (1, 0))
+    got = dispatch(column, ids, column, column, experts_per_rank=_PER_RANK, group=world.group)
+    want = [[0.0], [1.0], [2.0]] * (world.size if world.rank == 0 else 0)
+    assert got.scales is not None
+    assert got.rows.tolist() == got.weights.tolist() == got.scales.tolist() == want
+
+
+def _counted(patch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the communication calls made from now on."""
     calls: list[str] = []
+
+    def wrap(name: str, original: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            calls.append(name)
+            return original(*arguments, **options)
+
+        return call
+
+    starts = ("all_", "reduce", "broadcast", "gather", "scatter", "barrier", "send", "recv", "isend", "irecv", "batch_")
+    for name in dir(dist):
+        if name.startswith(starts) and callable(getattr(dist, name)):
+            patch.setattr(dist, name, wrap(name, getattr(dist, name)))
+    return calls
+
+
+def number_of_collectives(world: World) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        for name in [n for n in vars(dist) if n.startswith(("all_", "reduce", "broadcast", "gather", "scatter"))] + [
-            *("barrier", "send", "recv", "isend", "irecv", "batch_isend_irecv", "monitored_barrier")
-        ]:
-            original = getattr(dist, name)
-            if callable(original):
-                patch.setattr(dist, name, lambda *a, n=name, f=original, **k: (calls.append(n), f(*a, **k))[1])
+        calls = _counted(patch)
         ids = torch.zeros(2, 1, dtype=torch.int32)
         sent = dispatch(torch.ones(2, 4), ids, torch.ones(2, 1), experts_per_rank=_PER_RANK, group=world.group)
         assert calls == ["all_to_all_single"] * 2

@@ -5,7 +5,7 @@ Scope: the harness over a scripted driver, without rank processes. A pass does n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,9 +46,9 @@ class ScriptedDriver:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
+def place(tmp_path: Path) -> Path:
     (tmp_path / "records").mkdir()
-    yield tmp_path
+    return tmp_path
 
 
 def options(output: Path, backend: str) -> Options:
@@ -157,7 +157,9 @@ def test_a_harness_that_fails_meanwhile_does_not_lose_the_failure(place: Path) -
 )
 def test_a_cell_that_was_cut_off_never_reads_as_passed(place: Path, error: BaseException, verdict: Verdict) -> None:
     def script(case: Case, asked: int) -> Outcome:
-        raise error
+        if asked == 0:
+            raise error
+        return GOOD  # Hypothesis asks again, and must not make a flake of it
 
     with pytest.raises(type(error)):
         checked(place, script)

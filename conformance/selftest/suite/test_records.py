@@ -63,6 +63,7 @@ def test_a_spoilt_line_elsewhere_is_told(tmp_path: Path) -> None:
 def test_a_begin_without_an_end_is_kept_though_other_repeats_ended() -> None:
     assert total([RUN, BEGIN, END]).unmatched == []
     assert total([RUN, BEGIN, END, BEGIN]).unmatched == [BEGIN]
+    assert total([RUN, BEGIN, BEGIN, END]).unmatched == [BEGIN], "two workers' files, one of them cut off"
 
 
 def test_a_planned_cell_without_a_record_was_not_run() -> None:
