@@ -16,10 +16,14 @@ from conformance.recipes import explicit_rows
 from reference.problem import Problem
 
 Mode = Literal["drained", "free-running"]
-Values = Literal["integers", "normal", "wide"]
+Values = Literal["integers", "normal", "wide", "bits"]
 Placement = Literal["linear", "round_robin"]
 
 Rows = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+#: A row begins with its tag of four elements.
+MIN_HIDDEN = 8
 
 
 class CaseError(ValueError):
@@ -165,6 +169,15 @@ def validate(case: Case) -> None:
     """
     cell = case.cell
     cell.problem()
+    for name, value, low, high in (
+        ("hidden", cell.hidden, MIN_HIDDEN, 1 << 20),
+        ("capacity", cell.capacity, 1, 1 << 16),
+        ("world_size", cell.world_size, 1, 256),
+        ("number of rounds", len(case.rounds), 0, 64),
+    ):
+        # Tags and seeds hold no more.
+        if not low <= value <= high:
+            raise CaseError(f"{name} is {value}; give {low} to {high}")
     if not case.rounds:
         raise CaseError("the case has no rounds; give at least one")
     for index, a_round in enumerate(case.rounds):

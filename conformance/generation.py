@@ -15,7 +15,8 @@ from random import Random
 from hypothesis import strategies as st
 
 from accelerated.contract import Contract, MaskedSlots
-from conformance.cases import Case, Cell, Explicit, Recipe, Round, Values
+from conformance.cases import Case, Cell, Explicit, Recipe, Round, Rows, Values
+from conformance.rank.routing import wire_rows
 from conformance.recipes import ARCHETYPES, Row, Site
 
 #: Above this many (tokens x slots) over all ranks a round is a recipe.
@@ -23,7 +24,7 @@ EXPLICIT_SLOTS = 256 * 8
 _PALETTE = 6
 MASKED = "masked"
 _MAX_SEED = 2**20 - 1
-_VALUES: tuple[Values, ...] = ("integers", "integers", "normal", "wide")
+_VALUES: tuple[Values, ...] = ("integers", "integers", "normal", "wide", "bits")
 
 
 def boundary_counts(capacity: int) -> tuple[int, ...]:
@@ -124,11 +125,23 @@ def every_expert(draw: st.DrawFn, cell: Cell) -> Case:
     built = []
     for begin in range(0, len(tokens), per_round):
         some = tokens[begin : begin + per_round]
-        rows = tuple(
-            tuple(some[(rank + first) % cell.world_size :: cell.world_size]) for rank in range(cell.world_size)
-        )
+        rows = _dealt(some, first, cell.world_size)
+        if not _crosses(cell, rows):
+            rows = _dealt(some, first + 1, cell.world_size)
         built.append(Round(Explicit(rows), "integers", draw(st.integers(0, _MAX_SEED))))
     return Case(cell, tuple(built))
+
+
+def _dealt(tokens: Sequence[Row], first: int, world_size: int) -> Rows:
+    """Tokens dealt to the ranks one by one."""
+    return tuple(tuple(tokens[(rank + first) % world_size :: world_size]) for rank in range(world_size))
+
+
+def _crosses(cell: Cell, rows: Rows) -> bool:
+    """Whether any token goes to another rank than its own."""
+    per_rank = cell.experts // cell.world_size
+    wire = wire_rows(cell, rows)
+    return any(e // per_rank != rank for rank, tokens in enumerate(wire) for row in tokens for e in row)
 
 
 def strata(cell: Cell, contract: Contract, examples: int) -> list[tuple[str, int]]:

@@ -1,6 +1,6 @@
 """The probe experts: one distinct affine map per expert, never the identity.
 
-``f_e(x) = a_e x + b_e`` with ``a_e = 1 + e mod 13`` and ``b_e = e mod 61 - 30``: the pair is distinct for up to 793
+``f_e(x) = a_e x + b_e`` with ``a_e = 2 + e mod 13`` and ``b_e = e mod 61 - 30``: the pair is distinct for up to 793
 experts, so a wrong expert, a swapped row and a dropped slot all change the result. A rank holds coefficients of its own
 experts only, by local slot, as a real rank holds weights. What they do not probe: GEMMs and activations.
 """
@@ -15,12 +15,12 @@ from reference.placement import expert_map, owned_experts
 
 def coefficients(expert: int) -> tuple[int, int]:
     """``(a_e, b_e)`` of a global expert."""
-    return 1 + expert % 13, expert % 61 - 30
+    return 2 + expert % 13, expert % 61 - 30
 
 
 def dense_experts(names: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """``f_e(x)`` row by row, in the precision of ``x [n, H]``; ``names [n]`` are global experts."""
-    return (1 + names % 13).to(x.dtype).unsqueeze(1) * x + (names % 61 - 30).to(x.dtype).unsqueeze(1)
+    return (2 + names % 13).to(x.dtype).unsqueeze(1) * x + (names % 61 - 30).to(x.dtype).unsqueeze(1)
 
 
 class LocalExperts:

@@ -6,6 +6,7 @@ What a hit class does not prove: that the backend took a different path because 
 from __future__ import annotations
 
 from conformance.cases import Case, Recipe, expand, routing_counts
+from conformance.rank.routing import wire_rows
 
 
 def classes(case: Case) -> tuple[str, ...]:
@@ -24,7 +25,8 @@ def classes(case: Case) -> tuple[str, ...]:
         if isinstance(a_round.routing, Recipe):
             hit.add("recipe")
         reached = set()
-        for source, rows in enumerate(expand(cell, a_round.routing)):
+        # Under round-robin placement the rank follows from the id on the wire.
+        for source, rows in enumerate(wire_rows(cell, expand(cell, a_round.routing))):
             for row in set(rows):
                 owners = {e // per_rank for e in row if e >= 0}
                 reached |= owners

@@ -39,17 +39,21 @@ EXPERT_OF = {expert_of}
 def inputs(spec, index, rank, dtype):
     generator = torch.Generator().manual_seed((spec["seed"] * 64 + index) * 1024 + rank)
     tokens, hidden = len(spec["rows"][rank]), PROBLEM.hidden
-    if spec["values"] == "integers":
+    if spec["values"] == "bits":
+        shape = (tokens, hidden * dtype.itemsize)
+        rows = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).view(dtype)
+    elif spec["values"] == "integers":
         rows = torch.randint(-8, 9, (tokens, hidden), generator=generator).float()
     else:
         rows = torch.randn((tokens, hidden), generator=generator)
         if spec["values"] == "wide":
             rows = rows * torch.exp2(torch.randint(-20, 21, (tokens, hidden), generator=generator).float())
     token = torch.arange(tokens)
-    rows[:, :4] = torch.stack([token * 0 + rank, token % 256, token // 256, token * 0 + index % 256], 1).float()
+    rows = rows.to(dtype)
+    rows[:, :4] = torch.stack([token * 0 + rank, token % 256, token // 256, token * 0 + index % 256], 1).to(dtype)
     ids = torch.tensor(spec["rows"][rank], dtype=torch.int32).reshape(tokens, PROBLEM.top_k)
     weights = torch.randint(1, 17, (tokens, PROBLEM.top_k), generator=generator).float() / 16
-    return rows.to(dtype), ids, weights
+    return rows, ids, weights
 
 
 def experts(rows, ids, weights, rank):
@@ -58,7 +62,7 @@ def experts(rows, ids, weights, rank):
     name = torch.tensor(EXPERT_OF, device=ids.device)[ids.clamp(0, PROBLEM.experts - 1).long()]
     mine = torch.div(ids, per_rank, rounding_mode="floor") == rank
     weight = torch.where(mine & (ids >= 0), weights, 0.0)
-    scale = (weight * (1 + name % 13)).sum(1, keepdim=True)
+    scale = (weight * (2 + name % 13)).sum(1, keepdim=True)
     offset = (weight * (name % 61 - 30)).sum(1, keepdim=True)
     return rows.float() * scale + offset
 
@@ -99,7 +103,9 @@ def main():
         error = (output.cpu().double() - expected).abs()
         allowed = 2 * torch.finfo(dtype).eps * expected.abs() + 1e-30
         # An every-row layout delivers other ranks' rows too; they are not compared here.
-        differs = (set(wanted) - set(received)) or not bool((error <= allowed).all())
+        # Sums of random bits mean nothing: NaN and infinities are among them.
+        sums_differ = ROUNDS[index]["values"] != "bits" and not bool((error <= allowed).all())
+        differs = (set(wanted) - set(received)) or sums_differ
         bad = bad or bool(differs)
         worst = int(torch.nan_to_num(error - allowed, nan=torch.inf).argmax()) if error.numel() else -1
         print(f"rank {{rank}} round {{index}}: received (source rank, token, round) {{received}}, wanted {{wanted}}")

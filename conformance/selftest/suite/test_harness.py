@@ -30,12 +30,13 @@ class ScriptedDriver:
     """Answers from a script: a function of the case and of how many were asked before."""
 
     limits = Limits()
+    patient_s = 0.0
 
     def __init__(self, script: Callable[[Case, int], Outcome]) -> None:
         self._script = script
         self.asked: list[Case] = []
 
-    def run(self, case: Case, *, limit_s: float | None = None) -> Outcome:
+    def run(self, case: Case, *, limit_s: float | None = None, stacks: bool = True) -> Outcome:
         self.asked.append(case)
         return self._script(case, len(self.asked) - 1)
 
