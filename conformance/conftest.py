@@ -6,6 +6,7 @@ imported here or in anything imported from here.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,11 +67,14 @@ def pytest_configure(config: pytest.Config) -> None:
     # Wrong arguments are told before a machine is looked at.
     state.choose_items()
     if not _is_worker(config) and not config.getoption("collectonly"):
-        state.options, state.devices = controller.fit_to_machine(state.options)
+        state.options, state.machine = controller.fit_to_machine(state.options)
         state.choose_items()
+        controller.compile_kernels(state.options, state.plan)
         state.directory = controller.new_run_directory(state.options)
     configuration.set_hypothesis_home_dir(state.options.output / "hypothesis")
     config.stash[_STATE] = state
+    if not _is_worker(config):
+        config.pluginmanager.register(_Reports(state))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -80,7 +84,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [f"ep-conformance: tier {options.tier}, backends {', '.join((*options.backends, *options.companions))}"]
     if options.tier == "explore":
         lines.append(f"explore seed: {options.seed} (repeat with --explore-seed {options.seed})")
-    return lines
+    return lines + [f"warning: {text}" for text in config.stash[_STATE].machine.warnings]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -96,7 +100,7 @@ def pytest_testnodedown(node: object, error: object) -> None:
     """A worker that goes down with an error is lost: the run is not to be trusted as complete."""
     config: pytest.Config = node.config  # type: ignore[attr-defined]
     if error and _STATE in config.stash:
-        config.stash[_STATE].lost_worker = True
+        config.stash[_STATE].ended.lost_worker = True
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -121,17 +125,24 @@ def _planned(item: pytest.Item) -> PlannedCell | None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Widest cells first, so that a run does not end on the slowest; then by backend, so that pools are kept."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The yardstick first, because nothing counts if it is off; then the widest cells, because they take longest.
+
+    Cells of one width go by backend, so that pools are kept.
+    """
+    if _STATE not in config.stash:
+        return
+    options = config.stash[_STATE].options
     order = {id(item): index for index, item in enumerate(items)}
 
-    def width(item: pytest.Item) -> tuple[int, str, int]:
+    def turn(item: pytest.Item) -> tuple[bool, int, str, int]:
         planned = _planned(item)
-        return (
-            (-planned.cell.world_size, planned.cell.backend, order[id(item)]) if planned else (0, "", order[id(item)])
-        )
+        if planned is None:
+            return (False, 0, "", order[id(item)])
+        cell = planned.cell
+        return (not controller.is_yardstick(planned, options), -cell.world_size, cell.backend, order[id(item)])
 
-    items.sort(key=width)
+    items.sort(key=turn)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -144,9 +155,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     distributed = not _is_worker(config) and bool(config.getoption("numprocesses", None))
     if worker != "gw0" or distributed or state.opened:
         return
-    labels = [planned.cell.label for item in session.items if (planned := _planned(item)) is not None]
-    controller.open_run(state.options, state.plan, tuple(labels), state.directory)
+    selected = [planned for item in session.items if (planned := _planned(item)) is not None]
+    controller.open_run(state.options, selected, state.plan.unsupported, state.directory, state.machine.gpus)
     state.opened = True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Tell the harness what comes next: a pool on GPUs is kept only for a cell that can use it."""
+    if _STATE in item.config.stash:
+        planned = _planned(nextitem) if nextitem is not None else None
+        item.config.stash[_STATE].following = planned.cell if planned is not None else None
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +173,8 @@ def harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
     """This worker's harness."""
     state = request.config.stash[_STATE]
     worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
-    made = Harness(state.options, RecordWriter(state.directory / f"{worker}-{os.getpid()}.jsonl"), state.devices)
+    writer = RecordWriter(state.directory / f"{worker}-{os.getpid()}.jsonl")
+    made = Harness(state.options, writer, state.machine.uuids, following=lambda: state.following)
     yield made
     made.close()
 
@@ -165,7 +185,24 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if call.excinfo is not None and isinstance(call.excinfo.value, ConformanceFailure | InfraError | MistrustedError):
         report.longrepr = str(call.excinfo.value)  # type: ignore[attr-defined]
+    planned = _planned(item)
+    report.ep_cell = planned.cell.label if planned else ""  # type: ignore[attr-defined]  # travels with the report
     return report
+
+
+class _Reports:
+    """Notes what failed, in the process that started pytest: records alone do not tell of what wrote none."""
+
+    def __init__(self, state: RunState) -> None:
+        self._failed = state.ended.failed
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._failed.setdefault(report.nodeid, getattr(report, "ep_cell", ""))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._failed.setdefault(report.nodeid or "the collection", "")
 
 
 @pytest.hookimpl(trylast=True)
@@ -173,25 +210,25 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     if _STATE not in config.stash or _is_worker(config) or config.getoption("collectonly"):
         return
-    state = config.stash[_STATE]
     if exitstatus in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR):
         return
-    state.totals = total(read_records(state.directory), lost_worker=state.lost_worker)
-    code = state.totals.exit_code
-    if exitstatus == pytest.ExitCode.INTERRUPTED and code is ExitCode.OK:
-        code = ExitCode.INCOMPLETE
-    # A test that failed without a cell record is a defect of the harness.
-    if exitstatus == pytest.ExitCode.TESTS_FAILED and code is ExitCode.OK:
-        code = ExitCode.INFRASTRUCTURE
-    session.exitstatus = code
+    state = config.stash[_STATE]
+    state.ended.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
+    text = io.StringIO()
+    try:
+        terminal = config.pluginmanager.get_plugin("terminalreporter")
+        width = terminal._tw.fullwidth if terminal else 0
+        totals = total(read_records(state.directory), state.ended)
+        print_summary(totals, Console(file=text, width=max(width, 100), no_color=True, highlight=False))
+        session.exitstatus = totals.exit_code
+    except Exception as error:  # noqa: BLE001  Python's own exit code would say that the product failed
+        text.write(f"INFRA: the records cannot be totalled: {type(error).__name__}: {error}\n")
+        session.exitstatus = ExitCode.INFRASTRUCTURE
+    state.summary = f"{text.getvalue()}records: {state.directory}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     state = config.stash.get(_STATE, None)
-    if state is None or state.totals is None:
-        return
-    terminalreporter.section("conformance")
-    width = terminalreporter._tw.fullwidth
-    console = Console(file=terminalreporter._tw._file, width=max(width, 100), no_color=True, highlight=False)
-    print_summary(state.totals, console)
-    console.print(f"records: {state.directory}", soft_wrap=True)
+    if state is not None and state.summary:
+        terminalreporter.section("conformance")
+        terminalreporter.write_line(state.summary)

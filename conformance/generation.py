@@ -158,7 +158,8 @@ def strata(cell: Cell, contract: Contract, examples: int) -> list[tuple[str, int
 
 @st.composite
 def cases(draw: st.DrawFn, cell: Cell, contract: Contract, only: str = "") -> Case:
-    """A case of the cell: one round when drained, two to four when free-running, and all experts for placement.
+    """A case of the cell: one round when drained, two to four when free-running (12 to 24 in a
+    soak), and all experts for placement.
 
     ``only`` names an archetype that every round is to have.
     """
@@ -167,5 +168,5 @@ def cases(draw: st.DrawFn, cell: Cell, contract: Contract, only: str = "") -> Ca
     names = [only] if only else [a for a in ARCHETYPES if _applies(a, cell, contract)]
     if cell.mode == "drained":
         return Case(cell, (draw(rounds(cell, names, delays=False)),))
-    length = draw(st.integers(2, 4))
+    length = draw(st.integers(12, 24) if cell.check == "soak" else st.integers(2, 4))
     return Case(cell, tuple(draw(rounds(cell, names, delays=True)) for _ in range(length)))

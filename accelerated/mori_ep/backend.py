@@ -66,7 +66,7 @@ class MoriBackend:
         findings = []
         if device.partition(":")[0] != "cuda":
             findings.append(Finding(f"mori needs a ROCm device, not {device}", "give --device cuda on a ROCm machine"))
-        elif _torch_is_rocm() is False:
+        elif torch_is_rocm() is False:
             findings.append(
                 Finding("mori needs a ROCm device, and this torch is no ROCm build", "use the ROCm image's torch")
             )
@@ -97,14 +97,23 @@ def mori_standin(arch: str) -> MoriBackend:
     return MoriBackend("mori-standin", standin=True, load=load_standin, arch=arch)
 
 
-def _torch_is_rocm() -> bool | None:
-    """Whether torch was built for ROCm, read from its version file so that torch is not imported; None: unknown."""
+def torch_builds() -> dict[str, str]:
+    """Versions of HIP, ROCm and CUDA that torch was built with, from its version file so that torch is not imported.
+
+    A version is empty where torch was built without; a key is absent where the file does not say.
+    """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        return None
+        return {}
     try:
         text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
     except OSError:
-        return None
-    found = re.search(r"^hip\b[^=\n]*=\s*(.+)$", text, re.MULTILINE)
-    return None if found is None else found[1].strip() != "None"
+        return {}
+    found = re.findall(r"^(hip|rocm|cuda)\b[^=\n]*=\s*(.+)$", text, re.MULTILINE)
+    return {name: "" if value.strip() == "None" else value.strip().strip("'\"") for name, value in found}
+
+
+def torch_is_rocm() -> bool | None:
+    """Whether torch was built for ROCm; None: unknown."""
+    hip = torch_builds().get("hip")
+    return None if hip is None else bool(hip)

@@ -22,7 +22,7 @@ _UNITS = {"": 1, "K": _KIB, "M": _MIB, "G": _GIB}
 _SIZE = re.compile(r"(\d+)((?:[KMG](?:i?B|b)?|[kmg](?:i?b)?)?)")
 #: Room for signals, allocator granularity, and operators that differ from the sizing problem.
 _HEADROOM = 1.25
-#: Operators that may be alive at once (two are interleaved by one of the suite's programs).
+#: Operators that may be alive at once; the one before lives on where a rank has not dropped it yet.
 _LIVE_OPERATORS = 2
 _SMALL_BUFFERS = _MIB
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from conformance.cases import Case, Cell
 from conformance.engine.pool import Pool, PoolKey, PoolStartError, Progress, Reply, signal_name
@@ -18,9 +19,9 @@ from conformance.engine.protocol import Answer, Build, Canary, Mismatch, Run
 from conformance.rank.main import BACKEND_PHASE
 from conformance.verdicts import Verdict
 
-#: Building an operator compiles kernels on a GPU; see START_LIMIT_S.
-BUILD_LIMIT_S = {"cpu": 120.0, "cuda": 3600.0}
-CANARY_LIMIT_S = 30.0
+BUILD_LIMIT_S = {"cpu": 120.0, "cuda": 600.0}
+#: The first collective on a GPU also creates the communicator and loads code.
+CANARY_LIMIT_S = {"cpu": 30.0, "cuda": 300.0}
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,21 @@ class InfraError(RuntimeError):
     """The harness or the machine failed; never the product's fault."""
 
 
+class StartError(InfraError):
+    """The backend does not initialise on this machine; another attempt would end the same way."""
+
+
+_T = TypeVar("_T")
+
+
+def _guard(action: Callable[[], _T]) -> _T:
+    """Run ``action`` on a pool; a rank that the kernel does not let go is a failure of the machine."""
+    try:
+        return action()
+    except TimeoutError as error:
+        raise InfraError(str(error)) from error
+
+
 class Driver:
     """One worker's pool and its current cell."""
 
@@ -74,33 +90,39 @@ class Driver:
         limits: Limits | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self._backend, self._arch, self._device = backend, arch, device
+        self.backend, self._arch, self._device = backend, arch, device
         self._environment = tuple(environment)
         self.limits = limits or Limits()
         self._pool: Pool | None = None
         self._cell: Cell | None = None
         self._durations: list[float] = []
-        self._infra_in_a_row = 0
+        #: Positions of the GPUs that the caller leased; set before a case runs.
+        self.devices: tuple[int, ...] = ()
+        #: How the last pool ended, if not well.
+        self.teardown: Outcome | None = None
         self.restarts = 0
         self._progress = progress
 
     # ------------------------------------------------------------------ life of pools and operators
     def close(self) -> None:
-        """Let the pool finalise in order."""
+        """Let the pool finalise in order; what goes wrong then is kept in :attr:`teardown`."""
         if self._pool is not None:
-            self._pool.close()
+            pool, self._pool = self._pool, None
+            outcome = _outcome_of(_guard(pool.close), "teardown")
+            if not outcome.passed:
+                self.teardown = outcome
         self._pool = self._cell = None
 
     def discard(self) -> None:
         """Kill the pool at once; the next case gets a fresh one."""
-        if self._pool is not None:
-            self._pool.kill()
+        pool, self._pool, self._cell = self._pool, None, None
+        if pool is not None:
             self.restarts += 1
-        self._pool = self._cell = None
+            _guard(pool.kill)
 
     def _ready_pool(self, cell: Cell) -> Outcome | None:
         """Have a pool with the cell's operator; the outcome of the attempt if it failed."""
-        key = PoolKey(cell.world_size, self._backend, self._arch, self._device, self._environment)
+        key = PoolKey(cell.world_size, self.backend, self._arch, self._device, self._environment, self.devices)
         if self._pool is not None and self._pool.key != key:
             self.close()
         if self._pool is None:
@@ -109,8 +131,11 @@ class Driver:
             except PoolStartError as error:
                 self.restarts += 1
                 _raise_if_ours(error.reply, "start")
-                return _outcome_of(error.reply, "start")
-            reply = self._pool.command(Canary, CANARY_LIMIT_S)
+                # A library that does not initialise ends the run: nothing is known about what it computes.
+                raise StartError(_outcome_of(error.reply, "start").text) from error
+            if self._device != "cpu":
+                self._durations = []
+            reply = self._pool.command(Canary, CANARY_LIMIT_S[self._device])
             if not reply.alive:
                 self.discard()
                 raise InfraError("a fresh pool failed its canary exchange: " + _describe(reply))
@@ -185,9 +210,11 @@ def _raise_if_ours(reply: Reply, stage: str) -> None:
 def _outcome_of(reply: Reply, stage: str, seconds: float = 0.0) -> Outcome:
     """The first failure in a reply; blocked ranks are its consequences."""
     if reply.dead:
-        rank = min(reply.dead)
+        rank = next(iter(reply.dead))  # the first that was noticed
         name = signal_name(reply.dead[rank])
         text = f"rank {rank} died of {name} during {stage}, in {reply.phases.get(rank, 'unknown')}"
+        if reply.stderr.get(rank):
+            text += f"\nits last words:\n{reply.stderr[rank]}"
         return Outcome(Verdict.CRASH, name, rank, text=text, stacks=reply.stacks, phases=reply.phases, seconds=seconds)
     raised = _first(reply, "raised") or _first(reply, "harness")
     if raised is not None:

@@ -24,14 +24,16 @@ from conformance.engine.protocol import Answer, Build, Canary, Command, Run, Sto
 from conformance.engine.stacks import rank_stack
 from conformance.rank.main import RankSetup, main, read_phase
 
-#: Seconds a rank may take to import torch, join the process group and initialise its library, by device. MoRI compiles
-#: kernels meanwhile, under a lock that a killed compile would leave behind for ever, so on a GPU the limit is remote.
-START_LIMIT_S = {"cpu": 120.0, "cuda": 3600.0}
+#: Seconds a rank may take to import torch, join the process group and initialise its library, by device. Kernels are
+#: compiled before, in a process that nothing kills (accelerated.mori_ep.warmup).
+START_LIMIT_S = {"cpu": 120.0, "cuda": 600.0}
 #: Seconds between two lines of progress while a command is under way.
 PROGRESS_S = 15.0
 Progress = Callable[[str], None]
 #: After the first rank failed, the others get this long before the pool dies.
 GRACE_S = 1.0
+KILL_LIMIT_S = 30.0
+STDERR_LINES = 8
 PRELOAD = (
     "torch",
     "torch.distributed",
@@ -49,7 +51,7 @@ class Reply:
     """What came back for one command.
 
     ``missing`` are ranks without an answer, ``dead`` maps ranks to exit codes, ``stacks`` and ``phases`` are filled
-    for ranks that did not answer. ``alive`` says whether the pool can be used again.
+    for ranks that did not answer, as is the end of their ``stderr``. ``alive`` says whether the pool can be used again.
     """
 
     answers: dict[int, Answer] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Reply:
     missing: list[int] = field(default_factory=list)
     stacks: dict[int, str] = field(default_factory=dict)
     phases: dict[int, str] = field(default_factory=dict)
+    stderr: dict[int, str] = field(default_factory=dict)
     lost_lockstep: str = ""
     alive: bool = True
 
@@ -70,6 +73,7 @@ class PoolKey:
     arch: str = "gfx942"
     device: str = "cpu"
     environment: tuple[tuple[str, str], ...] = ()
+    devices: tuple[int, ...] = ()  # positions in the visible list, one per rank; none on CPU
 
 
 class PoolStartError(RuntimeError):
@@ -101,9 +105,8 @@ class Pool:
         for rank in range(key.world_size):
             ours, theirs = context.Pipe()
             watched, lifeline = context.Pipe(duplex=False)
-            setup = RankSetup(
-                rank, key.world_size, key.device, key.backend, key.arch, str(self._directory), key.environment
-            )
+            where = f"cuda:{key.devices[rank] if key.devices else rank}" if key.device == "cuda" else key.device
+            setup = RankSetup(rank, key.world_size, where, key.backend, key.arch, str(self._directory), key.environment)
             process = context.Process(  # type: ignore[attr-defined]
                 target=main, args=(setup, theirs, watched), name=f"ep-rank-{rank}", daemon=True
             )
@@ -135,28 +138,37 @@ class Pool:
                 connection.send_bytes(data)
         return self._collect(self._sequence, limit_s)
 
-    def close(self, limit_s: float = 10.0) -> None:
-        """Let the ranks finalise in order; kill what does not."""
+    def close(self, limit_s: float = 30.0) -> Reply:
+        """Let the ranks finalise in order; kill what does not. The reply tells how they ended."""
         self._sequence += 1
         data = pack(Stop(self._sequence))
         for connection in self._connections:
             with contextlib.suppress(OSError):  # already dead
                 connection.send_bytes(data)
-        deadline = time.monotonic() + limit_s
-        for process in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+        reply = self._collect(self._sequence, limit_s)
         self.kill()
+        return reply
 
     def kill(self) -> None:
-        """SIGKILL every rank, reap it, and remove the pool's directory."""
+        """SIGKILL every rank, reap it, and remove the pool's directory.
+
+        Raises:
+            TimeoutError: a rank does not die; the kernel holds it, as after a GPU hang.
+        """
         for process in self._processes:
             if process.is_alive():
                 process.kill()
+        deadline = time.monotonic() + KILL_LIMIT_S
         for process in self._processes:
-            process.join()
+            process.join(max(0.0, deadline - time.monotonic()))
         for end in (*self._connections, *self._lifelines):
             end.close()
         shutil.rmtree(self._directory, ignore_errors=True)
+        stuck = [process.pid for process in self._processes if process.exitcode is None]
+        if stuck:
+            raise TimeoutError(
+                f"processes {stuck} outlive SIGKILL by {KILL_LIMIT_S:.0f} s; reset the machine or its GPUs"
+            )
 
     def _collect(self, sequence: int, limit_s: float) -> Reply:
         reply = Reply()
@@ -217,10 +229,16 @@ class Pool:
                 reply.phases[rank] = read_phase(self._directory / f"phase-{rank}")
                 stack_file = self._directory / f"stack-{rank}.txt"
                 pid = self._processes[rank].pid if rank in waiting else None
+                reply.stderr[rank] = _tail(self._directory / f"stderr-{rank}.txt")
                 if self.dump_stacks:
                     reply.stacks[rank] = rank_stack(stack_file, pid)
         failed = bool(reply.missing or reply.dead or reply.lost_lockstep)
         reply.alive = not failed and all(a.status in ("ready", "pass", "fail") for a in reply.answers.values())
+
+
+def _tail(path: Path) -> str:
+    """Last lines a rank wrote to stderr: libraries that abort say why there."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-STDERR_LINES:]) if path.exists() else ""
 
 
 def signal_name(exit_code: int) -> str:

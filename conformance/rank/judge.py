@@ -211,13 +211,18 @@ def judge_combine(
         worst = float(ratio.max())
         if not worst <= 1.0:
             return _bad_output(index, seen, expected, ratio), worst
+    return judge_weights(index, seen, want, contract), worst
+
+
+def judge_weights(index: int, seen: Observed, want: ExpectedResult, contract: Contract) -> Mismatch | None:
+    """Compare the combined weights, which are exact in float32, where the contract promises them."""
     if not contract.combines_weights:
-        return None, worst
+        return None
     if seen.combined_weights is None:
-        return Mismatch("combine.weights", index, "the contract promises combined weights, none came back"), worst
+        return Mismatch("combine.weights", index, "the contract promises combined weights, none came back")
     if seen.combined_weights.dtype != want.weights.dtype or not torch.equal(seen.combined_weights, want.weights):
-        return _unequal_weights(index, seen.combined_weights, want.weights), worst
-    return None, worst
+        return _unequal_weights(index, seen.combined_weights, want.weights)
+    return None
 
 
 def _bad_output(index: int, seen: Observed, expected: Acceptance, ratio: torch.Tensor) -> Mismatch:

@@ -40,7 +40,7 @@ class RankSetup(msgspec.Struct, frozen=True):
 
     rank: int
     world_size: int
-    device: str  # "cpu" or "cuda"
+    device: str  # "cpu" or "cuda:<position in the visible list>"
     backend: str
     arch: str
     directory: str  # of this pool generation: store, phase files, stack files
@@ -80,6 +80,9 @@ def main(setup: RankSetup, connection: Connection, lifeline: Connection) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides when a rank ends
     os.environ.update(dict(setup.environment))
     directory = Path(setup.directory)
+    # Whatever a library prints before it aborts belongs into the report.
+    with (directory / f"stderr-{setup.rank}.txt").open("wb") as stderr:
+        os.dup2(stderr.fileno(), 2)
     with (
         (directory / f"stack-{setup.rank}.txt").open("w") as stacks,
         (directory / f"phase-{setup.rank}").open("w+b") as phase_file,
@@ -121,13 +124,21 @@ def _serve(
         command = unpack_command(connection.recv_bytes())
         sequence = command.sequence
         if isinstance(command, Stop):
-            session.close()
-            connection.send_bytes(pack(Answer(sequence, setup.rank, "pass")))
+            connection.send_bytes(pack(_closed(session, setup.rank, sequence)))
             return
         # The C watchdog fires without the GIL and without signals, a little before the driver's own limit.
         faulthandler.dump_traceback_later(command.limit_s * 0.9, file=stacks)
         connection.send_bytes(pack(_answer(session, setup.rank, command)))
         faulthandler.cancel_dump_traceback_later()
+
+
+def _closed(session: RankSession, rank: int, sequence: int) -> Answer:
+    """Finalise; an exception is the backend's, for little else runs here."""
+    try:
+        session.close()
+    except Exception as error:  # noqa: BLE001  reported by the driver as a failure of the teardown
+        return _failed(rank, sequence, "raised", error)
+    return Answer(sequence, rank, "pass")
 
 
 def _answer(session: RankSession, rank: int, command: Build | Run | Canary) -> Answer:

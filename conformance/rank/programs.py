@@ -27,6 +27,7 @@ from conformance.rank.judge import (
     judge_combine,
     judge_dispatch,
     judge_inputs,
+    judge_weights,
 )
 from conformance.rank.routing import wire_rows
 from reference import dispatch_combine, oracle
@@ -191,8 +192,10 @@ class Program:
         worst = 0.0
         for index, (one, (rows, result)) in enumerate(zip(seen, expected, strict=True)):
             mismatch = judge_dispatch(index, one, rows, self._contract, stamp_of(index, self._run))
-            # Random bits hold NaN and infinities: what is summed of them means nothing.
-            if mismatch is None and case.rounds[index].values != "bits":
+            if mismatch is None and case.rounds[index].values == "bits":
+                # They hold NaN and infinities: what is summed of them means nothing, but the weights do.
+                mismatch = judge_weights(index, one, result, self._contract)
+            elif mismatch is None:
                 mismatch, ratio = judge_combine(index, one, result, self._contract)
                 worst = max(worst, ratio)
             mismatch = mismatch or judge_inputs(index, one.inputs, inputs[index])

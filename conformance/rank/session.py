@@ -96,8 +96,8 @@ class RankSession:
         self._setup, self._phase = setup, phase
         # Eight ranks on two cores: one thread each, or they thrash.
         torch.set_num_threads(1)
-        cuda = setup.device == "cuda"
-        device = torch.device("cuda", setup.rank) if cuda else torch.device("cpu")
+        device = torch.device(setup.device)
+        cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
         phase("process group", 0)

@@ -6,9 +6,13 @@ run a case.
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
+import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -17,24 +21,38 @@ import pytest
 
 from accelerated.contract import Standing
 from accelerated.interface import Finding
+from accelerated.mori_ep.backend import torch_builds
+from accelerated.mori_ep.contract import resolve
 from accelerated.mori_ep.launch import session_heap_bytes
+from accelerated.mori_ep.library import probe_mori
 from accelerated.registry import BackendError, backend
 from conformance import __version__
 from conformance.cases import Case, CaseError, decode
 from conformance.engine.lease import core_slots
 from conformance.suite import preflight
 from conformance.suite.options import Options, prepare_output
-from conformance.suite.plan import Plan, PlannedCell, make_plan
+from conformance.suite.plan import Plan, PlannedCell, Unsupported, make_plan
 from conformance.suite.records import RecordWriter, RunRecord
 from conformance.verdicts import ExitCode
-from reference.catalogue import architectures
+from reference.catalogue import architecture, architectures
 
 #: Cases worth running on every backend, whatever found them.
 CORPUS = Path(__file__).parents[2] / "fixtures" / "corpus"
+#: Environment variables that choose among the machine's GPUs.
+VISIBLE_DEVICES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
-def fit_to_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
-    """Preflight; the options with what only the machine tells, and the UUIDs of the GPUs, if the ranks run on them.
+@dataclass(frozen=True)
+class Machine:
+    """What only this machine tells: the GPUs the ranks run on, if they do, and what may matter and stops no run."""
+
+    uuids: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()  # readable, for the records
+    warnings: tuple[str, ...] = ()
+
+
+def fit_to_machine(options: Options) -> tuple[Options, Machine]:
+    """Preflight; the options with what only the machine tells.
 
     Ends the run with exit 3 and one line per finding.
 
@@ -42,8 +60,10 @@ def fit_to_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
         pytest.UsageError: the options ask for GPUs or an architecture that this machine does not have.
     """
     findings = preflight.check_torch()
-    for name in (*options.backends, *options.companions):
-        findings += [f for f in backend(name, options.arch).preflight(options.device) if f not in findings]
+    made = [backend(name, options.arch) for name in (*options.backends, *options.companions)]
+    for each in made:
+        findings += [f for f in each.preflight(options.device) if f not in findings]
+    mori = any(each.name == "mori" and not each.standin for each in made)
     devices: list[preflight.Device] = []
     if options.device == "cuda" and not findings:
         try:
@@ -52,13 +72,25 @@ def fit_to_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
             findings.append(Finding(str(error), "make sure that torch works on this machine"))
         else:
             options = _fit_to_devices(options, devices)
-            if "mori" in options.backends:
-                findings += preflight.check_memory(devices, session_heap_bytes(max(options.ep_sizes)))
-    findings += preflight.check_machine(max(options.ep_sizes), options.device)
+            if mori:
+                findings += preflight.check_memory(devices, session_heap_bytes(_ranks(options, devices)))
+    if mori and not probe_mori():
+        # Whatever else is wrong: a library that does not import is told in its own words.
+        findings += preflight.check_mori(next((d.arch for d in devices), ""))
+    findings += preflight.check_machine(_ranks(options, devices), options.device, mori=mori)
     if findings:
         lines = [f"preflight: {f.what}; {f.remedy}" for f in findings]
         pytest.exit("\n".join(lines), returncode=ExitCode.INFRASTRUCTURE)
-    return options, tuple(device.uuid for device in devices)
+    return options, Machine(
+        uuids=tuple(device.uuid for device in devices),
+        gpus=tuple(f"{device.name} {device.arch}".strip() for device in devices),
+        warnings=tuple(preflight.warnings(options.device, mori=mori)),
+    )
+
+
+def _ranks(options: Options, devices: Sequence[preflight.Device]) -> int:
+    """Most ranks of a case; what is wider than the machine does not run."""
+    return min(max(options.ep_sizes), len(devices)) if devices else max(options.ep_sizes)
 
 
 def _fit_to_devices(options: Options, devices: list[preflight.Device]) -> Options:
@@ -68,12 +100,13 @@ def _fit_to_devices(options: Options, devices: list[preflight.Device]) -> Option
     sizes = options.ep_sizes
     if not options.ep_sizes_given:
         sizes = tuple(size for size in sizes if size <= len(devices))
-    if max(sizes) > len(devices):
+    # The cases of a replay are looked at one by one.
+    if options.tier != "replay" and max(sizes) > len(devices):
         raise pytest.UsageError(
             f"--ep-sizes asks for {max(sizes)} GPUs and {len(devices)} are visible; "
             f"give --ep-sizes up to {len(devices)}"
         )
-    found = sorted({device.arch for device in devices if device.arch})
+    found = sorted({device.arch for device in devices if device.arch.startswith("gfx")})
     if len(found) > 1:
         raise pytest.UsageError(f"the visible GPUs differ ({', '.join(found)}); make those of one architecture visible")
     arch = found[0] if found else options.arch
@@ -83,6 +116,25 @@ def _fit_to_devices(options: Options, devices: list[preflight.Device]) -> Option
         known = ", ".join(sorted(architectures()))
         raise pytest.UsageError(f"the GPUs are {arch}, for which there is no contract; known are {known}")
     return replace(options, ep_sizes=sizes, arch=arch)
+
+
+def compile_kernels(options: Options, plan: Plan) -> None:
+    """Have MoRI compile the kernels of every planned kernel type, in processes that nothing of ours kills.
+
+    Its compile lock has no owner and no timeout: a rank killed while it compiles would block every later run. Ctrl-C
+    does not reach the compiler either, which runs in a session of its own.
+    """
+    if options.device != "cuda" or "mori" not in options.backends:
+        return
+    arch = architecture(options.arch)
+    cells = [planned.cell for planned in plan.cells if planned.cell.backend == "mori"]
+    for name in sorted({resolve(cell.kernel_type, cell.problem(), arch) for cell in cells}):
+        print(f"ep-conformance: MoRI compiles {name}, which may take minutes", flush=True)
+        command = [sys.executable, "-m", "accelerated.mori_ep.warmup", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+        if done.returncode:
+            last = " | ".join(done.stderr.strip().splitlines()[-4:])
+            pytest.exit(f"preflight: MoRI does not compile {name}: {last}", returncode=ExitCode.INFRASTRUCTURE)
 
 
 def plan_of(options: Options) -> Plan:
@@ -96,49 +148,79 @@ def plan_of(options: Options) -> Plan:
         kernel_types=options.kernel_types,
         models=options.models,
         only_models=options.only_models,
+        device=options.device,
     )
     if options.tier == "explore" and plan.cells:
-        # As many cells run at a time as there are cores or device sets to lease.
-        share = options.time_budget_s * (len(core_slots()) if options.device == "cpu" else 1) / len(plan.cells)
+        # As many cells run at a time as there are workers with a core, or device sets, to lease.
+        at_a_time = min(len(core_slots()), options.workers) if options.device == "cpu" else 1
+        share = options.time_budget_s * at_a_time / len(plan.cells)
         plan = Plan(tuple(replace(cell, seconds=share) for cell in plan.cells), plan.unsupported)
+    if options.tier != "replay":
+        _check_sizes(options, plan)
+    return plan
+
+
+def _check_sizes(options: Options, plan: Plan) -> None:
+    """Whether every backend under test can do the EP sizes that the user gave; of the default ones, any will do.
+
+    Raises:
+        pytest.UsageError: it cannot.
+    """
     unable: dict[tuple[str, int], str] = {}
     for refused in plan.unsupported:
         # One node is asked first, and is what the user thinks of.
         unable.setdefault((refused.backend, refused.world_size), refused.reason)
     for name in options.backends:
-        for size in options.ep_sizes:
-            able = any(p.cell.backend == name and p.cell.world_size == size for p in plan.cells)
-            if not able and options.tier != "replay":
-                reason = unable.get((name, size), "it offers no such cell")
-                raise pytest.UsageError(f"backend {name!r} cannot do EP {size}: {reason}; give another --ep-sizes")
-    return plan
+        able = {p.cell.world_size for p in plan.cells if p.cell.backend == name}
+        missing = [size for size in options.ep_sizes if size not in able]
+        if missing and (options.ep_sizes_given or not able):
+            reason = unable.get((name, missing[0]), "it offers no such cell")
+            raise pytest.UsageError(f"backend {name!r} cannot do EP {missing[0]}: {reason}; give another --ep-sizes")
 
 
-def replayed_cases(options: Options) -> list[tuple[Path, Case]]:
+def replayed_cases(
+    options: Options, subject: str, gpus: int | None = None
+) -> tuple[list[tuple[Path, Case]], tuple[Unsupported, ...]]:
     """Recorded cases to run: the named files and directories, or the corpus and every stored failure.
 
-    A case of the corpus belongs to no backend: it runs on the one under test.
+    A case of the corpus belongs to no backend: it runs on the one under test. What was not named as a file and cannot
+    run here is left out and told.
+
+    Args:
+        options: options of the run.
+        subject: backend that the corpus runs on.
+        gpus: number of visible GPUs; None if the ranks run on the CPU or it is not known yet.
 
     Raises:
-        pytest.UsageError: a file is missing or not a case, or there is nothing to replay.
+        pytest.UsageError: a file is missing or not a case, a named one cannot run here, or there is nothing to replay.
     """
     found = []
+    left_out: list[Unsupported] = []
     for path in _replay_files(options):
         try:
             case = decode(path.read_bytes(), str(path))
-            if CORPUS in path.parents:
-                case = msgspec.structs.replace(
-                    case, cell=msgspec.structs.replace(case.cell, backend=options.backends[0])
-                )
-            _check_replay(path, case, options)
-            found.append((path, case))
         except OSError as error:
             raise pytest.UsageError(f"--replay {path} cannot be read ({error.strerror}); name a case.json") from error
         except CaseError as error:
             raise pytest.UsageError(str(error)) from error
+        if CORPUS in path.parents:
+            case = msgspec.structs.replace(case, cell=msgspec.structs.replace(case.cell, backend=subject))
+        reason = _refusal(case, options, gpus)
+        if not reason:
+            found.append((path, case))
+        elif path in options.replay:
+            raise pytest.UsageError(f"--replay {path}: {reason}; leave the file out")
+        else:
+            cell = case.cell
+            told = f"{path.name if CORPUS in path.parents else path}: {reason}"
+            left_out.append(Unsupported(cell.backend, cell.kernel_type, cell.world_size, cell.nodes, told))
     if not found:
-        raise pytest.UsageError(f"nothing to replay: neither {CORPUS} nor {options.failures} holds a case")
-    return found
+        places = ", ".join(map(str, options.replay)) or f"neither {CORPUS} nor {options.failures}"
+        reason = f"left out: {left_out[0].reason}" if left_out else f"{places} holds a case"
+        if options.replay and not left_out:
+            reason = f"no *.json in {places}"
+        raise pytest.UsageError(f"nothing to replay: {reason}; name a case.json of this backend with --replay")
+    return found, tuple(left_out)
 
 
 def _replay_files(options: Options) -> list[Path]:
@@ -147,7 +229,18 @@ def _replay_files(options: Options) -> list[Path]:
     return [file for path in options.replay for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
 
 
-def open_run(options: Options, plan: Plan, labels: tuple[str, ...], directory: Path) -> None:
+def is_yardstick(planned: PlannedCell, options: Options) -> bool:
+    """Whether the other backends of the run are judged by this cell's: if it is off, nothing is known of them."""
+    return planned.companion and backend(planned.cell.backend, options.arch).judged_by == "oracle"
+
+
+def open_run(
+    options: Options,
+    selected: Sequence[PlannedCell],
+    unsupported: Sequence[Unsupported],
+    directory: Path,
+    gpus: Sequence[str] = (),
+) -> None:
     """Write the opening record of a run."""
     directory.mkdir(parents=True, exist_ok=True)
     names = (*options.backends, *options.companions)
@@ -160,22 +253,29 @@ def open_run(options: Options, plan: Plan, labels: tuple[str, ...], directory: P
             standins=tuple(n for n in names if backend(n, options.arch).standin),
             device=options.device,
             arch=options.arch,
-            fingerprint=fingerprint(),
-            planned=labels,
-            unsupported=tuple(msgspec.to_builtins(vars(u)) for u in plan.unsupported),
+            fingerprint=fingerprint(gpus),
+            planned=tuple(p.cell.label for p in selected),
+            unsupported=tuple(msgspec.to_builtins(vars(u)) for u in unsupported),
+            unclaimed=tuple(p.cell.label for p in selected if not p.claimed),
+            yardsticks=tuple(p.cell.label for p in selected if is_yardstick(p, options)),
         )
     )
     writer.close()
 
 
-def fingerprint() -> dict[str, str]:
-    """Versions and machine, for every run's opening record."""
+def fingerprint(gpus: Sequence[str] = ()) -> dict[str, str]:
+    """Versions, machine and environment, for every run's opening record."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "kernel": platform.release()}
     for name in ("torch", "hypothesis", "pytest", "numpy", "amd_mori", "amd-mori-nightly"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "absent"
+    found.update({f"torch.{name}": version for name, version in torch_builds().items() if version})
+    found.update({f"gpu{index}": gpu for index, gpu in enumerate(gpus)})
+    for name, value in sorted(os.environ.items()):
+        if name.startswith("MORI_") or name in VISIBLE_DEVICES:
+            found[name] = value
     return found
 
 
@@ -205,26 +305,20 @@ def options_of_replay(options: Options, cases: list[Case]) -> Options:
     return replace(options, backends=names, companions=(), ep_sizes=sizes, ep_sizes_given=True)
 
 
-def _check_replay(path: Path, case: Case, options: Options) -> None:
-    """Whether the backend of a recorded case is to be had and takes it.
-
-    Raises:
-        pytest.UsageError: it is unknown, a stand-in where hardware is required, or refuses the case.
-    """
+def _refusal(case: Case, options: Options, gpus: int | None) -> str:
+    """Why a recorded case cannot run here; empty if it can."""
     cell = case.cell
     try:
         made = backend(cell.backend, options.arch)
     except BackendError as error:
-        raise pytest.UsageError(f"--replay {path}: {error}") from error
+        return str(error)
     if options.require_hardware and made.standin:
-        raise pytest.UsageError(f"--require-hardware refuses --replay {path}: {cell.backend!r} is a stand-in")
+        return f"--require-hardware refuses the stand-in {cell.backend!r}"
     support = made.support(cell.problem(), cell.kernel_type)
-    if support.standing is Standing.REFUSED or cell.kernel_type not in (
-        *made.kernel_types,
-        *getattr(made, "aliases", ()),
-    ):
+    offered = (*made.kernel_types, *getattr(made, "aliases", ()))
+    if support.standing is Standing.REFUSED or cell.kernel_type not in offered:
         reason = support.reason or f"choose one of {', '.join(made.kernel_types)}"
-        raise pytest.UsageError(
-            f"--replay {path}: backend {cell.backend!r} does not take kernel type {cell.kernel_type!r} with this "
-            f"problem: {reason}; leave the file out"
-        )
+        return f"backend {cell.backend!r} does not take kernel type {cell.kernel_type!r} with this problem: {reason}"
+    if gpus is not None and cell.world_size > gpus:
+        return f"the case needs {cell.world_size} GPUs and {gpus} are visible"
+    return ""

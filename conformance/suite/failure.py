@@ -17,6 +17,7 @@ from conformance.suite.reproduce import script
 from conformance.verdicts import Verdict
 
 STANDIN_MARK = "STAND-IN: a software double, no AMD hardware was tested"
+DEFAULT_ARCH = "gfx942"
 _SHOWN_TOKENS = 12
 
 
@@ -36,6 +37,8 @@ class Failure:
     exhausted: bool = False
     cut_short: str = ""  # what stopped the analysis, if the harness or the machine failed meanwhile
     directory: Path = Path()
+    device: str = "cpu"
+    arch: str = DEFAULT_ARCH
 
     @property
     def verdict(self) -> Verdict:
@@ -62,7 +65,9 @@ class Failure:
         case_file = shlex.quote(str(self.directory / "case.json"))
         reproduce = shlex.quote(str(self.directory / "reproduce.py"))
         world_size = self.minimal.cell.world_size
-        lines.append(f"replay:      pytest conformance --replay {case_file}")
+        options = f" --device {self.device}" if self.device != "cpu" else ""
+        options += f" --arch {self.arch}" if self.arch != DEFAULT_ARCH else ""
+        lines.append(f"replay:      pytest conformance --replay {case_file}{options}")
         lines.append(f"stand-alone: torchrun --standalone --nproc-per-node {world_size} {reproduce}")
         return "\n".join(lines)
 
@@ -88,7 +93,7 @@ class Failure:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "case.json").write_bytes(encode(self.minimal))
         (self.directory / "original.json").write_bytes(encode(self.original))
-        (self.directory / "reproduce.py").write_text(script(self.minimal))
+        (self.directory / "reproduce.py").write_text(script(self.minimal, self.device, self.arch))
         for rank, stack in self.outcome.stacks.items():
             (self.directory / f"stack-rank{rank}.txt").write_text(stack)
         (self.directory / "report.txt").write_text(self.report() + "\n")

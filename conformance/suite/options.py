@@ -44,6 +44,7 @@ class Options:
     replay: tuple[Path, ...]
     ep_sizes_given: bool = False  # what was not given follows the machine
     arch_given: bool = False
+    workers: int = 1  # processes that run cells at a time
 
     @property
     def records(self) -> Path:
@@ -157,6 +158,7 @@ def read_options(config: pytest.Config) -> Options:
         time_budget_s=config.getoption("--time-budget"),
         reduce_budget_s=config.getoption("--reduce-budget"),
         replay=tuple(Path(p).absolute() for p in config.getoption("--replay") or ()),
+        workers=config.getoption("numprocesses", None) or 1,
     )
 
 

@@ -51,7 +51,7 @@ class Slot:
     def examples_at(self, world_size: int) -> int:
         """Cases at an EP size: those of the nearest smaller key, fewer in proportion beyond it."""
         key = max(w for w in self.examples if w <= world_size)
-        return max(1, self.examples[key] * key // world_size)
+        return max(1, self.examples[key] * key // world_size) if world_size > 8 else self.examples[key]
 
 
 GATE = (
@@ -76,6 +76,18 @@ COMPANION = (
     Slot("rounds", PAIRS, "free-running", {1: 2, 2: 5, 4: 4, 8: 3}),
     Slot("placement", None, "drained", {1: 1, 2: 2, 4: 2, 8: 1}),
 )
+#: What a GPU gets on top: production sizes, aligned float32, odd bfloat16, and many rounds without a host sync.
+LARGE = Geometry(7168, 32, 8, 512, "bfloat16")
+ALIGNED = Geometry(4096, 8, 8, 64, "float32")
+UNEVEN = Geometry(2099, 8, 6, 64, "bfloat16")
+HARDWARE = (
+    Slot("round_trip", LARGE, "drained", {1: 2, 2: 6}),
+    Slot("round_trip", ALIGNED, "drained", {1: 2, 2: 8}),
+    Slot("round_trip", UNEVEN, "drained", {1: 2, 2: 8}),
+    Slot("soak", LARGE, "free-running", {2: 4}),
+    Slot("soak", ALIGNED, "free-running", {2: 4}),
+)
+EXPLORE = (Slot("soak", PAIRS, "free-running", {2: 8}),)
 DEFAULT_EP_SIZES = {"smoke": (1, 2, 4), "gate": (1, 2, 4, 8), "explore": (1, 2, 4, 8, 16, 32)}
 
 
@@ -117,6 +129,7 @@ def make_plan(
     kernel_types: Sequence[str],
     models: Sequence[ModelShape],
     only_models: bool = False,
+    device: str = "cpu",
 ) -> Plan:
     """Cross backends, kernel types, EP sizes and slots; ask each backend what it supports.
 
@@ -128,6 +141,7 @@ def make_plan(
         kernel_types: kernel types to keep, all if empty.
         models: model shapes to spread (gate) or cross (explore).
         only_models: drop the synthetic geometries.
+        device: ``"cuda"`` adds the slots that only a GPU is fast enough for.
     """
     cells: list[PlannedCell] = []
     refused: dict[tuple[str, str, int, int, str], Unsupported] = {}
@@ -137,7 +151,9 @@ def make_plan(
         if kernel_types and not companion:
             offered = (*backend.kernel_types, *getattr(backend, "aliases", ()))
             wanted = [k for k in offered if k in kernel_types]
-        slots = {"smoke": SMOKE}.get(tier, COMPANION if companion else GATE)
+        slots: tuple[Slot, ...] = {"smoke": SMOKE}.get(tier, COMPANION if companion else GATE)
+        if not companion and tier != "smoke":
+            slots += HARDWARE if device == "cuda" else EXPLORE if tier == "explore" else ()
         for kernel_type in wanted:
             for world_size, nodes in _topologies(ep_sizes):
                 for slot in slots:

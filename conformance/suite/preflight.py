@@ -18,10 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerated.interface import Finding
+from accelerated.mori_ep import backend as mori_backend
 
 OLDEST_TORCH = (2, 8)
 SHM_BYTES_PER_RANK = 64 << 20
 PROBE_LIMIT_S = 120
+IMPORT_LIMIT_S = 300
+LOCKED_BYTES = 1 << 30
+_TRACEBACK_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,7 @@ def torch_version() -> str | None:
 def torch_is_rocm() -> bool:
     """True if the installed torch is a ROCm build, from its version or its ``torch/version.py``."""
     version = torch_version()
-    if version is None:
-        return False
-    if "rocm" in version:
-        return True
-    located = importlib.metadata.distribution("torch").locate_file("torch/version.py")
-    text = Path(str(located)).read_text() if Path(str(located)).exists() else ""
-    found = re.search(r"^hip[^=]*=\s*(.+)$", text, re.MULTILINE)
-    return found is not None and found.group(1).strip() != "None"
+    return version is not None and ("rocm" in version or mori_backend.torch_is_rocm() is True)
 
 
 def kfd_device() -> Path:
@@ -78,8 +75,13 @@ def check_torch() -> list[Finding]:
     return []
 
 
-def check_machine(ranks: int, device: str) -> list[Finding]:
-    """Shared memory, and on a ROCm device its node, locked memory, compiler and stale JIT locks."""
+def check_machine(ranks: int, device: str, *, mori: bool) -> list[Finding]:
+    """On a GPU: shared memory, the ROCm device node, and what the real MoRI compiles its kernels with and into.
+
+    Nothing on the CPU path uses shared memory, of which a container has little unless it is asked for.
+    """
+    if device != "cuda":
+        return []
     findings = []
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
     if shm < ranks * SHM_BYTES_PER_RANK:
@@ -89,19 +91,58 @@ def check_machine(ranks: int, device: str) -> list[Finding]:
                 "enlarge it (docker run --shm-size) or lower --ep-sizes",
             )
         )
-    if device != "cuda" or not is_rocm_machine():
-        return findings
     kfd = kfd_device()
-    if not os.access(kfd, os.R_OK | os.W_OK):
+    if is_rocm_machine() and not os.access(kfd, os.R_OK | os.W_OK):
         findings.append(Finding(f"{kfd} cannot be opened", "pass the device in and join the render group"))
+    if mori:
+        if shutil.which("hipcc") is None:
+            findings.append(
+                Finding("hipcc is not on PATH; MoRI compiles its kernels at run time", "install the ROCm compiler")
+            )
+        findings += _jit_cache()
+    return findings
+
+
+def warnings(device: str, *, mori: bool) -> list[str]:
+    """What may matter and stops no run."""
+    if device != "cuda" or not mori:
+        return []
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if locked != resource.RLIM_INFINITY and locked < 1 << 30:
-        findings.append(Finding(f"locked memory is limited to {locked} bytes", "raise it: ulimit -l unlimited"))
-    if shutil.which("hipcc") is None:
-        findings.append(
-            Finding("hipcc is not on PATH; MoRI compiles its kernels at run time", "install the ROCm compiler")
+    if locked == resource.RLIM_INFINITY or locked >= LOCKED_BYTES:
+        return []
+    return [
+        f"locked memory is limited to {locked} bytes, too few for RDMA between nodes; raise it: ulimit -l unlimited"
+    ]
+
+
+def check_mori(arch: str) -> list[Finding]:
+    """Does the real MoRI import, and does it take the device for what it is? Asked of a process of its own.
+
+    Args:
+        arch: gfx architecture of the visible GPUs; empty where unknown.
+    """
+    command = [sys.executable, "-X", "faulthandler", "-m", "accelerated.mori_ep.check"]
+    # Its search path is that of the ranks.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path))}
+    remedy = "reinstall mori for this ROCm, torch and Python"
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=IMPORT_LIMIT_S, check=False, env=environment
         )
-    return findings + _stale_locks()
+    except subprocess.TimeoutExpired:
+        return [Finding(f"mori does not import within {IMPORT_LIMIT_S} s", remedy)]
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        told = [line for line in lines if not line.startswith(("Traceback", "The above exception", "^", "~"))]
+        what = " | ".join(told[-_TRACEBACK_LINES:])
+        return [Finding(f"mori does not import (exit {done.returncode}): {what}", remedy)]
+    lines = done.stdout.split()
+    detected = lines[-1].partition(":")[0] if lines else "nothing"
+    if arch and detected != arch:
+        return [
+            Finding(f"mori takes the GPUs for {detected} and they are {arch}", "unset MORI_GPU_ARCHS, or " + remedy)
+        ]
+    return []
 
 
 def check_memory(devices: list[Device], heap_bytes: int) -> list[Finding]:
@@ -116,9 +157,13 @@ def check_memory(devices: list[Device], heap_bytes: int) -> list[Finding]:
     ]
 
 
-def _stale_locks() -> list[Finding]:
-    """MoRI's JIT lock has no owner and no timeout: one left by a killed compile blocks every later run."""
+def _jit_cache() -> list[Finding]:
+    """MoRI's JIT cache must be writable, and its lock has no owner and no timeout: a stale one blocks every run."""
     cache = Path(os.environ.get("MORI_JIT_CACHE_DIR", Path.home() / ".mori" / "jit"))
+    existing = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = f"MoRI's JIT cache {cache} cannot be written: {existing} is no writable directory"
+        return [Finding(what, "make it writable, or set MORI_JIT_CACHE_DIR")]
     locks = sorted(str(path) for path in cache.rglob("*.lock")) if cache.is_dir() else []
     return [Finding(f"stale JIT lock {path}", "make sure nothing is compiling, then delete it") for path in locks]
 

@@ -6,6 +6,13 @@ import json
 import sys
 
 
+def gfx_arch(properties: object) -> str:
+    """The gfx architecture of a device, without its features; empty on one that is not AMD's."""
+    # A CUDA build of torch puts the card's name here.
+    name = str(getattr(properties, "gcnArchName", "")).partition(":")[0]
+    return name if name.startswith("gfx") else ""
+
+
 def main() -> int:
     """List devices by position in the caller's visible list."""
     import torch
@@ -18,7 +25,7 @@ def main() -> int:
             {
                 "uuid": str(getattr(properties, "uuid", index)),
                 "name": properties.name,
-                "arch": str(getattr(properties, "gcnArchName", "")).partition(":")[0],
+                "arch": gfx_arch(properties),
                 "free_bytes": free,
             }
         )

@@ -1,11 +1,12 @@
 """Records: JSON lines, one file per process, a begin line before a case is sent and an end line after it.
 
-Each line is written with one ``write`` on an append-only descriptor, so what was written survives a crash of anything.
+Lines go straight to an append-only descriptor, so what was written survives a crash of anything.
 An unmatched begin is a case that was under way when its worker died. Reports and gates read only records.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ class RunRecord(msgspec.Struct, tag="run"):
     fingerprint: dict[str, str]
     planned: tuple[str, ...]
     unsupported: tuple[dict[str, Any], ...]
+    unclaimed: tuple[str, ...] = ()  # planned cells whose failure is a finding
+    yardsticks: tuple[str, ...] = ()  # planned cells by which the others are judged
 
 
 class BeginRecord(msgspec.Struct, tag="begin"):
@@ -85,8 +88,23 @@ class RecordWriter:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def write(self, record: Record) -> None:
-        """Append one line."""
-        os.write(self._fd, _encoder.encode(record) + b"\n")
+        """Append one line.
+
+        Raises:
+            OSError: it cannot be written, in full or at all.
+        """
+        rest = memoryview(_encoder.encode(record) + b"\n")
+        while rest:
+            try:
+                written = os.write(self._fd, rest)
+            except OSError as error:
+                raise self._unwritable(error.errno or 0, str(error.strerror)) from error
+            if written <= 0:
+                raise self._unwritable(errno.ENOSPC, "nothing more is taken")
+            rest = rest[written:]
+
+    def _unwritable(self, number: int, reason: str) -> OSError:
+        return OSError(number, f"records cannot be written to {self.path} ({reason}); make room, or give --output-dir")
 
     def close(self) -> None:
         """Close the file."""

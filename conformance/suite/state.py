@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from conformance.cases import Cell
 from conformance.suite import controller
 from conformance.suite.options import Options
 from conformance.suite.plan import Plan, PlannedCell
-from conformance.suite.summary import Totals
+from conformance.suite.summary import Ended
 
 
 @dataclass
@@ -21,19 +22,27 @@ class RunState:
 
     options: Options
     directory: Path = Path()
-    devices: tuple[str, ...] = ()
+    machine: controller.Machine = field(default_factory=controller.Machine)
     plan: Plan = field(default_factory=lambda: Plan((), ()))
     items: tuple[PlannedCell, ...] = ()
     replays: tuple[tuple[Path, Any], ...] = ()
-    lost_worker: bool = False
     opened: bool = False
-    totals: Totals | None = None
+    following: Cell | None = None  # what this process runs next
+    ended: Ended = field(default_factory=Ended)
+    summary: str = ""
+    subject: str = ""  # the backend that the corpus is replayed on
+
+    def __post_init__(self) -> None:
+        # A replay's backends become those of its cases.
+        self.subject = self.subject or self.options.backends[0]
 
     def choose_items(self) -> None:
         """Work out what this run consists of."""
         if self.options.tier == "replay":
-            found = controller.replayed_cases(self.options)
+            gpus = len(self.machine.uuids) if self.options.device == "cuda" and self.machine.uuids else None
+            found, left_out = controller.replayed_cases(self.options, self.subject, gpus)
             self.replays = tuple(found)
+            self.plan = Plan((), left_out)
             self.options = controller.options_of_replay(self.options, [case for _, case in found])
             self.items = tuple(controller.planned_for(case) for _, case in found)
             return
@@ -52,11 +61,20 @@ class RunState:
             "ep_seed": self.options.seed,
             "ep_arch": self.options.arch,
             "ep_sizes": list(self.options.ep_sizes),
-            "ep_devices": list(self.devices),
+            "ep_devices": list(self.machine.uuids),
+            "ep_gpus": list(self.machine.gpus),
+            "ep_workers": self.options.workers,
         }
 
     @classmethod
     def from_worker_input(cls, options: Options, given: dict[str, Any]) -> RunState:
         """The state of a worker."""
-        options = replace(options, seed=given["ep_seed"], arch=given["ep_arch"], ep_sizes=tuple(given["ep_sizes"]))
-        return cls(options, Path(given["ep_directory"]), tuple(given["ep_devices"]))
+        options = replace(
+            options,
+            seed=given["ep_seed"],
+            arch=given["ep_arch"],
+            ep_sizes=tuple(given["ep_sizes"]),
+            workers=given["ep_workers"],
+        )
+        machine = controller.Machine(tuple(given["ep_devices"]), tuple(given["ep_gpus"]))
+        return cls(options, Path(given["ep_directory"]), machine)

@@ -1,4 +1,4 @@
-"""The verdict of a run and its terminal summary, from the records alone.
+"""The verdict of a run and its terminal summary, from the records and what pytest reported besides.
 
 What the summary never does: let a stand-in's result read as hardware's; the banner says so in large letters.
 """
@@ -9,12 +9,25 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import msgspec
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
 from conformance.suite.records import BeginRecord, CellRecord, EndRecord, Record, RunRecord
 from conformance.verdicts import PRODUCT_FAILURES, ExitCode, Verdict, exit_code
+
+#: How a yardstick's record begins to say that it is off, whatever was judged by it.
+YARDSTICK_OFF = "the reference disagrees"
+
+
+@dataclass
+class Ended:
+    """How the run ended, as far as the records cannot tell: what pytest reported to the process that started it."""
+
+    lost_worker: bool = False
+    interrupted: bool = False
+    failed: dict[str, str] = field(default_factory=dict)  # failed items, with the label of their cell or ""
 
 
 @dataclass
@@ -26,28 +39,29 @@ class Totals:
     ends: list[EndRecord] = field(default_factory=list)
     unmatched: list[BeginRecord] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)
-    lost_worker: bool = False
+    strays: list[str] = field(default_factory=list)  # failed items that no failed cell stands for
+    ended: Ended = field(default_factory=Ended)
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """Verdict of every planned cell."""
-        return [c.verdict for c in self.cells] + [Verdict.NOT_RUN] * len(self.not_run)
+        """Verdict of every planned cell, and of everything else that failed."""
+        not_run = [Verdict.NOT_RUN] * (len(self.not_run) + self.ended.interrupted)
+        return [c.verdict for c in self.cells] + not_run + [Verdict.INFRA] * len(self.strays)
 
     @property
     def exit_code(self) -> ExitCode:
         """Exit code of the run."""
-        return exit_code(self.verdicts, lost_worker=self.lost_worker)
+        return exit_code(self.verdicts, lost_worker=self.ended.lost_worker)
 
 
-def total(records: Iterable[Record], *, lost_worker: bool = False, collected: Iterable[str] | None = None) -> Totals:
+def total(records: Iterable[Record], ended: Ended | None = None) -> Totals:
     """Fold records into totals.
 
     Args:
         records: all records of one run.
-        lost_worker: True if a worker process died.
-        collected: labels of the cells that were selected to run; None means all planned ones.
+        ended: what pytest reported besides.
     """
-    totals = Totals(lost_worker=lost_worker)
+    totals = Totals(ended=ended or Ended())
     open_cases: Counter[tuple[str, str]] = Counter()
     begun: dict[tuple[str, str], BeginRecord] = {}
     for record in records:
@@ -62,22 +76,75 @@ def total(records: Iterable[Record], *, lost_worker: bool = False, collected: It
             totals.ends.append(record)
             open_cases[(record.cell, record.case_id)] -= 1
     totals.unmatched = [begun[key] for key, count in open_cases.items() if count > 0]
+    _count_cut_off(totals, begun)
+    _void_what_was_judged_wrongly(totals)
     finished = {c.label for c in totals.cells}
-    wanted = collected if collected is not None else (totals.run.planned if totals.run else ())
-    totals.not_run = sorted(set(wanted) - finished)
+    totals.not_run = sorted(set(totals.run.planned if totals.run else ()) - finished)
+    bad = Counter(c.label for c in totals.cells if c.verdict not in (Verdict.PASS, Verdict.FINDING))
+    for item, label in totals.ended.failed.items():
+        if not label or bad[label] <= 0:
+            totals.strays.append(item)
+        bad[label] -= 1
     return totals
+
+
+def _count_cut_off(totals: Totals, begun: dict[tuple[str, str], BeginRecord]) -> None:
+    """Give a cell that was lost or interrupted after a case of it had failed that case's verdict."""
+    judged = {c.label for c in totals.cells if c.verdict is not Verdict.NOT_RUN}
+    unclaimed = totals.run.unclaimed if totals.run else ()
+    for end in totals.ends:
+        gates = end.origin in ("generated", "replay") and end.verdict in PRODUCT_FAILURES
+        if not gates or end.cell in judged or end.cell in unclaimed or (end.cell, end.case_id) not in begun:
+            continue
+        judged.add(end.cell)
+        verdict, reason = end.verdict, f"case {end.case_id} failed {end.check}; what followed was cut off"
+        if totals.run and end.cell in totals.run.yardsticks:
+            verdict, reason = Verdict.INFRA, f"{YARDSTICK_OFF} with the oracle: {reason}"
+        cell = begun[end.cell, end.case_id].case.cell
+        totals.cells = [c for c in totals.cells if c.label != end.cell or c.verdict is not Verdict.NOT_RUN]
+        totals.cells.append(
+            CellRecord(
+                label=end.cell,
+                cell=cell,
+                verdict=verdict,
+                standin=totals.run is not None and cell.backend in totals.run.standins,
+                companion=totals.run is not None and end.cell in totals.run.yardsticks,
+                distinct=0,
+                planned=0,
+                ratio=end.ratio,
+                seconds=end.seconds,
+                reason=reason,
+            )
+        )
+
+
+def _void_what_was_judged_wrongly(totals: Totals) -> None:
+    """Where the yardstick is off, at an EP size, nothing is known of the backends that were judged by it there."""
+    off = {
+        c.cell.world_size: c
+        for c in totals.cells
+        if c.companion and c.verdict is Verdict.INFRA and c.reason.startswith(YARDSTICK_OFF)
+    }
+    for index, record in enumerate(totals.cells):
+        yardstick = off.get(record.cell.world_size)
+        if yardstick is None or record.verdict not in PRODUCT_FAILURES:
+            continue
+        if record.cell.backend != yardstick.cell.backend:
+            reason = f"{yardstick.reason} (void: {record.verdict.value} {record.summary or record.reason})"
+            totals.cells[index] = msgspec.structs.replace(record, verdict=Verdict.INFRA, reason=reason, summary="")
 
 
 def print_summary(totals: Totals, console: Console) -> None:
     """Write the summary."""
-    if totals.run is None:
-        return
-    _print_coverage(totals, console)
-    _print_failures(totals, console)
-    _print_unsupported(totals, console)
     run = totals.run
-    where = f"{run.device}, contract of {run.arch}, tier {run.tier}"
-    if run.standins:
+    where = "no run was opened"
+    if run is not None:
+        where = f"{run.device}, contract of {run.arch}, tier {run.tier}"
+        _print_coverage(totals, console)
+    _print_failures(totals, console)
+    if run is not None:
+        _print_unsupported(run, console)
+    if run is not None and run.standins:
         console.print(
             Panel(
                 f"A STAND-IN WAS USED: {', '.join(run.standins)}\n"
@@ -159,14 +226,15 @@ def _print_failures(totals: Totals, console: Console) -> None:
         console.print(
             f"INFRA: case {begun.case_id} of {begun.cell} was under way when its worker was lost", soft_wrap=True
         )
+    for item in totals.strays:
+        console.print(f"INFRA: {item} failed outside of its cell", markup=False, soft_wrap=True)
     if totals.not_run:
         console.print(f"NOT RUN: {len(totals.not_run)} cells, first {totals.not_run[0]}", soft_wrap=True)
 
 
-def _print_unsupported(totals: Totals, console: Console) -> None:
-    assert totals.run is not None
+def _print_unsupported(run: RunRecord, console: Console) -> None:
     reasons: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for entry in totals.run.unsupported:
+    for entry in run.unsupported:
         nodes = f" on {entry['nodes']} nodes" if entry["nodes"] > 1 else ""
         reasons[(entry["backend"], entry["kernel_type"], entry["reason"])].append(f"EP {entry['world_size']}{nodes}")
     for (backend, kernel_type, reason), places in sorted(reasons.items()):

@@ -123,7 +123,7 @@ def test_preflight_wants_a_rocm_device_for_the_real_library_only(place: Path, mo
     assert "not cpu" in finding.what
     assert "--device cuda" in finding.remedy
     for rocm, findings in ((True, 0), (None, 0), (False, 1)):
-        monkeypatch.setattr(backend, "_torch_is_rocm", lambda rocm=rocm: rocm)
+        monkeypatch.setattr(backend, "torch_is_rocm", lambda rocm=rocm: rocm)
         assert len(real.preflight("cuda:0")) == findings
 
 
@@ -136,3 +136,25 @@ def test_the_standin_is_never_a_fallback(place: Path) -> None:
     assert double.version == "stand-in"
     assert hasattr(double.ops, "EpDispatchCombineOp")
     assert "standin" in double.origin
+
+
+@pytest.mark.parametrize(
+    ("text", "builds", "rocm"),
+    [
+        (
+            "hip: Optional[str] = '6.4.1'\nrocm: Optional[str] = '6.4'\ncuda = None\n",
+            {"hip": "6.4.1", "cuda": ""},
+            True,
+        ),
+        ("cuda: Optional[str] = '12.8'\nhip: Optional[str] = None\n", {"hip": "", "cuda": "12.8"}, False),
+        ("", {}, None),
+    ],
+)
+def test_what_torch_was_built_with(
+    place: Path, monkeypatch: pytest.MonkeyPatch, text: str, builds: dict[str, str], rocm: bool | None
+) -> None:
+    (place / "version.py").write_text(text)
+    spec = importlib.util.spec_from_loader("torch", None, origin=str(place / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert backend.torch_builds().items() >= builds.items()
+    assert backend.torch_is_rocm() is rocm

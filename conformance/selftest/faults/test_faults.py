@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from hypothesis import strategies
 
 from accelerated.registry import backend
 from conformance.cases import Case, Explicit, Mode, Round
 from conformance.engine.driver import Driver, Limits
 from conformance.faults import FAULTS, PROCESS_FAULTS, Fault
 from conformance.selftest.faults.conftest import LIMIT_S
+from conformance.suite import harness as harness_module
 from conformance.suite.failure import ConformanceFailure, Failure
 from conformance.suite.harness import Harness
 from conformance.suite.plan import GATE, PlannedCell, cell_for, make_plan
@@ -106,6 +108,24 @@ def test_fault_is_caught_and_reduced(
 def test_lost_rank_is_caught_and_reduced(harness: Harness, name: str) -> None:
     fault = PROCESS_FAULTS[name]
     assert_minimal(fault, *caught(harness, gate_cells(fault, "IntraNode", 1, 2)))
+
+
+@pytest.mark.parametrize("name", ["python_wait", "native_wait"])
+def test_waiting_rank_is_caught_and_reduced_from_a_small_case(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fault = PROCESS_FAULTS[name]
+    cell = cell_for(fault.backend, "IntraNode", 2, 1, GATE[0], None)
+    good = Case(cell, (Round(Explicit((((0, 1),), ((2, 3),)))),))
+    bad = Case(cell, (Round(Explicit((((0, 3),), ((2, 3),)))),))
+    planned = PlannedCell(cell, 1, claimed=True)
+    harness.replay(good, planned)  # the first case of a pool gets a longer limit, and a hang would use it up
+    monkeypatch.setattr(harness_module, "cases", lambda *_: strategies.just(bad))
+    _, failure = caught(harness, [planned])
+    assert_minimal(fault, planned, failure)
+    stacks = failure.outcome.stacks
+    assert [rank for rank in stacks if "_strike" in stacks[rank]] == [1], "rank 0 only waits for it"
+    assert "rank 1, in prepare of round 0:\n" in failure.report()
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ A pass does not prove that pytest reports it; the whole runs of the neighbouring
 
 from __future__ import annotations
 
+import os
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
+from conformance.selftest.suite.runs import ROOT, SMALL, run
 from conformance.verdicts import PRODUCT_FAILURES, ExitCode, Verdict, exit_code
 
 _ALONE = {
@@ -57,3 +60,36 @@ def test_nothing_at_all_is_incomplete() -> None:
 def test_a_lost_worker_spoils_everything_but_a_product_failure(verdict: Verdict) -> None:
     expected = ExitCode.PRODUCT_FAILURE if verdict in PRODUCT_FAILURES else ExitCode.INFRASTRUCTURE
     assert exit_code([verdict, Verdict.PASS], lost_worker=True) is expected
+
+
+PLUGIN = """
+import pytest
+import conformance.conftest as suite
+
+@pytest.fixture(autouse=True)
+def broken(request):
+    if {fixture} and "-rounds-" not in request.node.name and "ep2" in request.node.name:
+        raise OSError("no such lease")
+
+if not {fixture}:
+    def unreadable(directory):
+        raise ValueError("main.jsonl:1 is not a record")
+    suite.read_records = unreadable
+"""
+
+
+@pytest.mark.parametrize(
+    ("fixture", "part"),
+    [(True, "failed outside of its cell"), (False, "the records cannot be totalled: ValueError: main.jsonl:1")],
+    ids=["a fixture fails", "records cannot be read"],
+)
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "worker"])
+def test_a_defect_of_ours_is_never_the_products(
+    tmp_path: Path, fixture: bool, part: str, workers: tuple[str, ...]
+) -> None:
+    (tmp_path / "spoiler.py").write_text(PLUGIN.format(fixture=fixture))
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = run(tmp_path / "out", *SMALL, "-p", "spoiler", *workers, environment=environment)
+    assert done.code == ExitCode.INFRASTRUCTURE, done.text
+    assert part in done.text
+    assert not fixture or "exit 3 (infrastructure)" in done.text, "what is printed is what is returned"

@@ -1,7 +1,8 @@
 """One failure as the user meets it: the report, the replay, and the script that stands alone.
 
-Scope: a backend that loses a row, from the draw to the two commands its report names. A pass does not prove that other
-failures read as well. A changed report is accepted by copying the text that the test shows into the snapshot.
+Scope: a backend that loses a row, from the draw to the two commands its report names, and the script of five seeded
+faults. A pass does not prove that other failures read as well, nor anything about scripts on a GPU. A changed report is
+accepted by copying the text that the test shows into the snapshot.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from conformance.cases import Case, Cell, Explicit, Mode, Round, Rows, Values
 from conformance.selftest.engine.helpers import cell
 from conformance.selftest.suite.runs import ROOT, run
 from conformance.selftest.suite.test_harness import options
@@ -74,22 +77,81 @@ def test_the_replay_command_shows_the_same_check(tmp_path: Path, failure: Failur
     assert done.opening.standins == (), "what was replayed is no stand-in, whatever the default backend is"
 
 
+def test_the_commands_name_the_device_and_the_architecture(failure: Failure) -> None:
+    there = replace(failure, device="cuda", arch="gfx950")
+    (line,) = (line for line in there.report().splitlines() if line.startswith("replay: "))
+    assert line.endswith("/case.json --device cuda --arch gfx950")
+    text = script(failure.minimal, "cuda", "gfx950")
+    compile(text, "reproduce.py", "exec")
+    assert "DEVICE = sys.argv[1] if len(sys.argv) > 1 else 'cuda'\n" in text
+    assert "ARCH = os.environ.get(\"EP_ARCH\", 'gfx950')\n" in text
+    assert "else 'cpu'\n" in (failure.directory / "reproduce.py").read_text()
+
+
+def torchrun(place: Path, case: Case) -> subprocess.Popen[str]:
+    """Start the script of a case from another directory: the path of this checkout is all it needs."""
+    place.mkdir()
+    path = place / "reproduce.py"
+    path.write_text(script(case))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(case.cell.world_size), str(path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place, env=environment
+    )
+
+
+def assert_ends(started: subprocess.Popen[str], case: Case, difference: str = "") -> None:
+    """The script found that difference and failed, or agrees if there is to be none."""
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == bool(difference), out + err
+    assert ("DIFFERS" in out) == bool(difference), out
+    assert difference in out
+    said = out.count("received (source rank, token, round)")
+    assert said == case.cell.world_size * len(case.rounds), "every rank says what it received"
+
+
+def case_of(backend: str, kernel_type: str, rows: Rows, values: Values = "integers", rounds: int = 1) -> Case:
+    """A case of as many ranks, with two experts each, as there are routings."""
+    size, top_k = len(rows), max(len(row) for tokens in rows for row in tokens)
+    mode: Mode = "drained" if rounds == 1 else "free-running"
+    where = Cell("round_trip", backend, kernel_type, size, 1, 64, 2 * size, top_k, 8, "bfloat16", mode)
+    return Case(where, (Round(Explicit(rows), values),) * rounds)
+
+
 @pytest.mark.parametrize(
-    ("backend", "kernel_type", "code"),
-    [("", "", 1), ("reference", "one-level", 0), ("mori-standin", "IntraNode", 0)],
+    ("backend", "kernel_type", "difference"),
+    [("", "", "DIFFERS dispatch.count"), ("reference", "one-level", ""), ("mori-standin", "IntraNode", "")],
     ids=["faulty", "reference", "standin"],
 )
-def test_the_script_stands_alone(tmp_path: Path, failure: Failure, backend: str, kernel_type: str, code: int) -> None:
-    path = failure.directory / "reproduce.py"
+def test_the_script_stands_alone(
+    tmp_path: Path, failure: Failure, backend: str, kernel_type: str, difference: str
+) -> None:
+    case = failure.minimal
     if backend:
-        where = msgspec.structs.replace(failure.minimal.cell, backend=backend, kernel_type=kernel_type)
-        path = tmp_path / "reproduce.py"
-        path.write_text(script(msgspec.structs.replace(failure.minimal, cell=where)))
-    size = str(failure.minimal.cell.world_size)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size, str(path)]
-    # From another directory: an installed checkout, or the path of this one, is all it needs.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
-    done = subprocess.run(torchrun, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert ("DIFFERS" in done.stdout) == bool(code)
-    assert done.stdout.count("received (source rank, token, round)") == int(size), "every rank says what it received"
+        where = msgspec.structs.replace(case.cell, backend=backend, kernel_type=kernel_type)
+        case = msgspec.structs.replace(case, cell=where)
+    assert_ends(torchrun(tmp_path / "there", case), case, difference)
+
+
+@pytest.mark.parametrize(
+    ("fault", "rows", "difference"),
+    [
+        ("dropped_row", (((3,),), ()), "DIFFERS dispatch.rows: missing [(0, 0, 0)]"),
+        ("duplicated_row", (((0, 1),),), "DIFFERS dispatch.count: 2 rows in a buffer of 8, wanted 1"),
+        ("last_metadata_lost", (((0,), (1,)),), "DIFFERS dispatch.ids: row 1, of rank 0 token"),
+        ("weight_twice", (((0,),),), "DIFFERS combine.output: worst at token 0"),
+        ("swapped_rows", (((3,), (2,)), ()), "DIFFERS combine.output: worst at token"),
+    ],
+)
+def test_the_script_sees_what_the_suite_sees(tmp_path: Path, fault: str, rows: Rows, difference: str) -> None:
+    bad = case_of(f"conformance.faults:{fault}", "IntraNode", rows)
+    good = case_of("mori-standin", "IntraNode", rows)
+    started = [torchrun(tmp_path / "bad", bad), torchrun(tmp_path / "good", good)]
+    assert_ends(started[0], bad, difference)
+    assert_ends(started[1], good)
+
+
+def test_the_script_knows_the_layout_and_random_bits(tmp_path: Path) -> None:
+    case = case_of("allgather", "naive", (((3,), (0,)), ((-1,),)), "bits", rounds=2)
+    assert_ends(torchrun(tmp_path / "there", case), case)

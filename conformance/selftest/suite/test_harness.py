@@ -13,8 +13,9 @@ import pytest
 from conformance.cases import Case
 from conformance.engine.driver import InfraError, Limits, Outcome
 from conformance.selftest.engine.helpers import case, cell
+from conformance.suite.analysis import RATE_REPEATS
 from conformance.suite.failure import ConformanceFailure
-from conformance.suite.harness import RATE_REPEATS, Harness
+from conformance.suite.harness import Harness
 from conformance.suite.options import Options
 from conformance.suite.plan import PlannedCell
 from conformance.suite.records import BeginRecord, CellRecord, RecordWriter, read_records
@@ -31,6 +32,9 @@ class ScriptedDriver:
 
     limits = Limits()
     patient_s = 0.0
+    backend = ""
+    devices = ()
+    teardown = None
 
     def __init__(self, script: Callable[[Case, int], Outcome]) -> None:
         self._script = script
@@ -77,7 +81,8 @@ def checked(place: Path, script: Callable[[Case, int], Outcome], planned: Planne
     """Check a cell; whatever it raises goes on."""
     harness = Harness(options(place, planned.cell.backend), RecordWriter(place / "records" / "main.jsonl"))
     driver = ScriptedDriver(script)
-    harness._driver, harness._driver_of = driver, planned.cell.backend  # type: ignore[assignment]
+    driver.backend = planned.cell.backend
+    harness._resources._driver = driver  # type: ignore[assignment]
     harness.check(planned)
     return driver
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from conformance.selftest.engine.backends import HOLD_VARIABLE, MODULE, held_mark
 from conformance.selftest.engine.helpers import ORPHAN_LIMIT_S, alive, descendants, ranks_of, wait_until
 from conformance.selftest.suite.runs import Run, finish, record_files, start
-from conformance.suite.summary import total
+from conformance.suite.summary import Ended, total
 from conformance.verdicts import ExitCode, Verdict
 
 ARGUMENTS = ("--tier", "smoke", "--ep-sizes", "1,2", "-n", "2", "--backend", f"{MODULE}:Held")
@@ -72,7 +72,7 @@ def test_a_killed_worker_is_told_and_the_rest_is_run(tmp_path: Path) -> None:
         wait_until(lambda: not alive(everything), ORPHAN_LIMIT_S)
         done = held.let_go()
     assert done.code == ExitCode.INFRASTRUCTURE, done.text
-    totals = total(done.records, lost_worker=True)
+    totals = total(done.records, Ended(lost_worker=True))
     (begun,) = totals.unmatched
     assert totals.not_run == [begun.cell], "only the cell that was under way is missing"
     assert f"case {begun.case_id} of {begun.cell} was under way" in done.text

@@ -5,7 +5,9 @@ A pass does not prove that the advice is the best one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,6 +15,10 @@ import pytest
 from conformance.cases import encode
 from conformance.selftest.engine.helpers import case, cell
 from conformance.selftest.suite.runs import run
+from conformance.selftest.suite.test_harness import options as small_options
+from conformance.suite import controller
+from conformance.suite.options import Options
+from conformance.suite.state import RunState
 from conformance.verdicts import ExitCode
 
 #: Arguments and what the line must hold.
@@ -34,6 +40,11 @@ WRONG = {
     "tier": (("--tier", "nightly"), ("'nightly'", "gate")),
     "backend with workers": (("--backend", "nosuch", "-n", "2"), ("'nosuch'", "mori-standin")),
 }
+
+
+def made(**change: Any) -> Options:
+    """Options of a run of the reference, but for what is given."""
+    return replace(small_options(Path("unused"), "reference"), **change)
 
 
 def one_line(tmp_path: Path, *arguments: str, **environment: str) -> str:
@@ -95,3 +106,80 @@ def test_a_collection_only_lists_and_writes_nothing(tmp_path: Path) -> None:
     assert done.code == 0, done.text
     assert "test_round_trip.py" in done.text
     assert not (tmp_path / "out").exists()
+
+
+def test_only_sizes_that_were_given_must_be_possible() -> None:
+    wide = {"backends": ("mori",), "arch": "gfx942", "ep_sizes": (8, 64), "tier": "explore", "device": "cuda"}
+    plan = controller.plan_of(made(**wide))
+    assert {p.cell.world_size for p in plan.cells} == {8}
+    assert {u.world_size for u in plan.unsupported} >= {64}
+    with pytest.raises(pytest.UsageError, match="cannot do EP 64"):
+        controller.plan_of(made(**wide, ep_sizes_given=True))
+    with pytest.raises(pytest.UsageError, match="cannot do EP 64"):
+        controller.plan_of(made(**{**wide, "ep_sizes": (64,)}))
+
+
+@pytest.mark.parametrize(("workers", "at_a_time"), [(1, 1), (2, 2), (1000, 3)])
+def test_the_explore_budget_is_that_of_the_workers(
+    monkeypatch: pytest.MonkeyPatch, workers: int, at_a_time: int
+) -> None:
+    monkeypatch.setattr(controller, "core_slots", lambda: ["a", "b", "c"])
+    plan = controller.plan_of(made(tier="explore", workers=workers, time_budget_s=60.0))
+    assert sum(p.seconds for p in plan.cells) == pytest.approx(60 * at_a_time)
+
+
+def recorded(path: Path, **change: object) -> Path:
+    good = case(cell("Held", world_size=2))
+    changed = msgspec.structs.replace(good.cell, **change) if change else good.cell  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode(msgspec.structs.replace(good, cell=changed)))
+    return path
+
+
+def test_of_the_corpus_what_the_backend_does_not_take_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller, "CORPUS", tmp_path)
+    taken = recorded(tmp_path / "taken.json", kernel_type="one-level")
+    lacked = recorded(tmp_path / "lacked.json", kernel_type="IntraNode")
+    options = made(tier="replay", output=tmp_path / "out")
+    state = RunState(options)
+    for _ in range(2):  # before and after the machine is looked at
+        state.choose_items()
+        assert [path for path, _ in state.replays] == [taken]
+        assert state.options.backends == ("reference",)
+        (left_out,) = state.plan.unsupported
+        assert "lacked.json" in left_out.reason
+    with pytest.raises(pytest.UsageError, match="lacked"):
+        RunState(replace(options, replay=(lacked,))).choose_items()
+    RunState(replace(options, replay=(tmp_path,))).choose_items()
+    taken.unlink()
+    with pytest.raises(pytest.UsageError, match=r"nothing to replay: .*choose one of"):
+        state.choose_items()
+
+
+def test_a_replay_that_is_wider_than_the_gpus(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "case.json")
+    state = RunState(made(tier="replay", replay=(path,), device="cuda"))
+    state.choose_items()
+    state.machine = controller.Machine(uuids=("one",))
+    with pytest.raises(pytest.UsageError, match=r"case.json: the case needs 2 GPUs and 1 are visible"):
+        state.choose_items()
+
+
+def test_the_fingerprint_names_gpus_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MORI_SHMEM_HEAP_SIZE", "4G")
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(controller, "torch_builds", lambda: {"hip": "6.4.1", "cuda": ""})
+    found = controller.fingerprint(("AMD Instinct MI300X gfx942",))
+    wanted = {"MORI_SHMEM_HEAP_SIZE": "4G", "ROCR_VISIBLE_DEVICES": "0,1", "torch.hip": "6.4.1"}
+    assert found.items() >= {**wanted, "gpu0": "AMD Instinct MI300X gfx942"}.items()
+    assert "torch.cuda" not in found
+
+
+def test_the_yardstick_comes_first(tmp_path: Path) -> None:
+    done = run(tmp_path / "out", "--collect-only", "-q", "--tier", "smoke", "--ep-sizes", "1,2")
+    items = [line for line in done.text.splitlines() if "::" in line]
+    yardstick = ["-reference-" in item for item in items]
+    assert any(yardstick)
+    assert yardstick == sorted(yardstick, reverse=True)

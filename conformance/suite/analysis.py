@@ -1,0 +1,153 @@
+"""Analysis of one failing case: how often it fails, its minimum, and whether that fails on a fresh pool.
+
+What an analysis does not decide: the verdict. The failure it is given stands whatever happens here; the harness may be
+interrupted at any point of it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Protocol
+
+from accelerated.contract import Contract, MaskedSlots, Standing
+from accelerated.interface import Backend
+from conformance.cases import Case, Explicit
+from conformance.engine.driver import Driver, InfraError, Outcome
+from conformance.engine.reducer import Reducer, Reduction
+from conformance.suite.failure import Failure
+from conformance.verdicts import Verdict
+from reference.problem import ProblemError
+
+#: Probability with which a candidate that does fail may be taken for one that passes.
+MISS_PROBABILITY = 0.003
+MAX_REPEATS = 256
+RATE_REPEATS = 60
+REDUCTION_HANG_FLOOR_S = 2.5
+
+
+class RunCase(Protocol):
+    """Runs a case on a driver and records it."""
+
+    def __call__(
+        self, driver: Driver, case: Case, origin: str, *, limit_s: float | None = None, stacks: bool = True
+    ) -> Outcome:
+        """Outcome of one run."""
+
+
+class Analysis:
+    """Rates, reduces and confirms failures."""
+
+    def __init__(self, run: RunCase, budget_s: float) -> None:
+        self._run = run
+        self._budget_s = budget_s
+
+    def complete(self, driver: Driver, made: Backend, failure: Failure, *, reduce: bool) -> None:
+        """Fill in rate, minimal case and confirmation of ``failure``, in place."""
+        try:
+            failure.failed, failure.repeats = self._rate(driver, failure.original, failure.outcome)
+            attempts = 1
+            # What never fails again cannot be reduced: every candidate would be refused, at the highest price.
+            if reduce and failure.failed > 1:
+                attempts = self._reduce(driver, made, failure)
+            self._confirm(driver, failure, attempts)
+        except InfraError as error:
+            failure.cut_short = str(error).partition("\n")[0]
+
+    def _confirm(self, driver: Driver, failure: Failure, attempts: int) -> None:
+        """Have the minimal case fail once more on a fresh pool; its outcome is the one to be reported."""
+        driver.discard()
+        for _ in range(max(2, attempts)):
+            again = self._repeat(driver, failure.minimal, failure.outcome)
+            if again.key == failure.outcome.key:
+                failure.outcome, failure.reproduced = again, True
+                break
+        driver.rebuild()
+
+    def _rate(self, driver: Driver, case: Case, outcome: Outcome) -> tuple[int, int]:
+        """Failures and runs, the first included.
+
+        What always fails is repeated three times; what does not, until it failed twice again or often enough not to.
+        A crash or a hang costs a pool, so one more of them is enough; repeats that pass cost little.
+        """
+        enough = 1 if outcome.verdict in (Verdict.CRASH, Verdict.HANG) else 3
+        again = 0
+        for repeat in range(1, RATE_REPEATS + 1):
+            again += self._repeat(driver, case, outcome).key == outcome.key
+            if again >= enough or 2 <= again < repeat:
+                break
+        return again + 1, repeat + 1
+
+    def _repeat(self, driver: Driver, case: Case, outcome: Outcome) -> Outcome:
+        """Run once more; what hung gets the limit of an ordinary case, though the pool is fresh."""
+        limit = driver.limits.floor_s if outcome.verdict is Verdict.HANG else None
+        return self._run(driver, case, "repeat", limit_s=limit)
+
+    def _reduce(self, driver: Driver, made: Backend, failure: Failure) -> int:
+        """Replace the failure's minimal case by the smallest one that a search finds; the runs a candidate got.
+
+        A smaller case has fewer calls that can go wrong, so it may fail less often than the original did: the rate is
+        taken again at the minimum, and the search repeated while that asks for more runs of every candidate.
+        """
+        deadline = time.monotonic() + self._budget_s
+        attempts, failed, runs = 0, failure.failed, failure.repeats
+        while _attempts(failed, runs) > attempts and not failure.exhausted:
+            attempts = _attempts(failed, runs)
+            reduction = self._search(driver, made, failure, attempts, deadline - time.monotonic())
+            failure.minimal, failure.exhausted = reduction.case, reduction.exhausted
+            failure.tried += reduction.tried
+            if attempts > 1:
+                failed, runs = self._rate(driver, failure.minimal, failure.outcome)
+        return attempts
+
+    def _search(self, driver: Driver, made: Backend, failure: Failure, attempts: int, budget_s: float) -> Reduction:
+        costly = 0
+
+        def fails(candidate: Case) -> bool:
+            nonlocal costly
+            driver.rebuild()  # what the candidate before left behind must not make this one fail
+            for _ in range(attempts):
+                hung = failure.verdict is Verdict.HANG
+                limit = max(REDUCTION_HANG_FLOOR_S, driver.patient_s) if hung else None
+                seen = self._run(driver, candidate, "reduction", limit_s=limit, stacks=False)
+                costly += seen.verdict in (Verdict.CRASH, Verdict.HANG)
+                if seen.key == failure.outcome.key:
+                    return True
+            return False
+
+        def allowed(candidate: Case) -> bool:
+            return costly < driver.limits.hang_budget and _legal(made, candidate)
+
+        reduction = Reducer(fails, allowed, budget_s).reduce(failure.minimal)
+        reduction.exhausted = reduction.exhausted or costly >= driver.limits.hang_budget
+        return reduction
+
+
+def _attempts(failed: int, runs: int) -> int:
+    """Runs that a candidate gets: with fewer, one that fails at this rate might pass by luck.
+
+    The rate counts from few failures, the one that led here among them, so half of it is what can be relied on.
+    """
+    if failed == runs:
+        return 1
+    return min(MAX_REPEATS, math.ceil(math.log(MISS_PROBABILITY) / math.log(1 - failed / runs / 2)))
+
+
+def _legal(made: Backend, case: Case) -> bool:
+    """Whether a reduced case is one the generator could have drawn: supported, and masked only where -1 is dropped."""
+    try:
+        problem = case.cell.problem()
+    except ProblemError:
+        return False
+    if made.support(problem, case.cell.kernel_type).standing is Standing.REFUSED:
+        return False
+    contract: Contract = made.contract(problem, case.cell.kernel_type)
+    if contract.masked_slots is MaskedSlots.DROPPED:
+        return True
+    return not any(
+        -1 in row
+        for a_round in case.rounds
+        if isinstance(a_round.routing, Explicit)
+        for rows in a_round.routing.rows
+        for row in rows
+    )
