@@ -226,7 +226,7 @@ def _outcome_of(reply: Reply, stage: str, seconds: float = 0.0) -> Outcome:
     if reply.missing:
         waiting = ", ".join(f"rank {r} in {reply.phases.get(r, 'unknown')}" for r in reply.missing)
         text = f"no answer during {stage} from {waiting}"
-        rank = reply.missing[0]
+        rank = min(reply.missing, key=lambda r: _progress(reply.phases.get(r, "")))
         return Outcome(Verdict.HANG, "hang", rank, text=text, stacks=reply.stacks, phases=reply.phases, seconds=seconds)
     failed = [a for a in reply.answers.values() if a.mismatch is not None]
     if failed:
@@ -255,6 +255,16 @@ _CHECK_ORDER = (
     "combine.weights",
     "inputs.modified",
 )
+
+
+#: Phases of a round in their order; a rank that is behind holds the others up.
+_PHASES = ("prepare", "source map", "experts", "finalize", "judge")
+
+
+def _progress(phase: str) -> tuple[int, int]:
+    """How far a rank got, from the text of its phase."""
+    name, _, index = phase.partition(" of round ")
+    return int(index) if index.isdigit() else 0, _PHASES.index(name) if name in _PHASES else -1
 
 
 def _severity(answer: Answer) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from conformance.engine.driver import Limits
-from conformance.suite import harness as harness_module
+from conformance.suite import analysis
 from conformance.suite.harness import Harness
 from conformance.suite.options import Options
 from conformance.suite.records import RecordWriter
@@ -43,6 +43,6 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     )
     made = Harness(options, RecordWriter(output / "records.jsonl"), limits=Limits(floor_s=LIMIT_S, first_s=10.0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness_module, "REDUCTION_HANG_FLOOR_S", 0.7 * LIMIT_S)
+        patch.setattr(analysis, "REDUCTION_HANG_FLOOR_S", 0.7 * LIMIT_S)
         yield made
     made.close()

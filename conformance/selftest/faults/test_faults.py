@@ -125,6 +125,7 @@ def test_waiting_rank_is_caught_and_reduced_from_a_small_case(
     assert_minimal(fault, planned, failure)
     stacks = failure.outcome.stacks
     assert [rank for rank in stacks if "_strike" in stacks[rank]] == [1], "rank 0 only waits for it"
+    assert failure.outcome.rank == 1
     assert "rank 1, in prepare of round 0:\n" in failure.report()
 
 
