@@ -200,6 +200,11 @@ def _raise_if_ours(reply: Reply, stage: str) -> None:
     broken = _first(reply, "harness")
     if broken is not None and not reply.dead:
         raise InfraError(f"the harness failed on rank {broken.rank} during {stage} ({broken.kind}):\n{broken.text}")
+    if stage == "case" and reply.missing and not reply.dead and _first(reply, "raised") is None:
+        late = {rank: reply.phases.get(rank, "") for rank in reply.missing}
+        if all(phase.startswith(_OUR_PHASES) for phase in late.values()):
+            where = ", ".join(f"rank {rank} in {phase}" for rank, phase in sorted(late.items()))
+            raise InfraError(f"inputs and expected results were not ready in time: {where}")
     stuck = {rank: phase for rank, phase in reply.phases.items() if rank in reply.dead or rank in reply.missing}
     backend_ran = _first(reply, "raised") is not None or any(p.startswith(BACKEND_PHASE) for p in stuck.values())
     if stage == "start" and stuck and not backend_ran:
@@ -257,6 +262,8 @@ _CHECK_ORDER = (
 )
 
 
+#: Phases in which no backend code of the case has run yet.
+_OUR_PHASES = ("inputs", "expected")
 #: Phases of a round in their order; a rank that is behind holds the others up.
 _PHASES = ("prepare", "source map", "experts", "finalize", "judge")
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
-from conformance.cases import Case, Cell, Explicit, Round, Rows, expand
+from conformance.cases import Case, Cell, Explicit, Round, Rows, Values, expand
 from conformance.rank.routing import wire_rows
 
 Row = tuple[int, ...]
 
 #: Hidden sizes below the planned ones are no simpler.
 PLAIN_HIDDEN = 32
+#: Kinds of values, plainest first.
+_VALUES: tuple[Values, ...] = get_args(Values)
 
 
 def explicit(case: Case) -> Case:
@@ -48,7 +50,7 @@ def size(case: Case) -> tuple[Any, ...]:
         cell.hidden,
         (cell.mode != "drained", cell.placement != "linear"),
         sum(bool(r.delays_ms) for r in rounds),
-        sum(("integers", "normal", "wide").index(r.values) for r in rounds),
+        sum(_VALUES.index(r.values) for r in rounds),
         sum(r.seed for r in rounds),
         sum(rank * len(tokens) for one in rows for rank, tokens in enumerate(one)),
         _total_cost(row for one in rows for tokens in one for row in tokens),

@@ -152,7 +152,8 @@ def make_plan(
             offered = (*backend.kernel_types, *getattr(backend, "aliases", ()))
             wanted = [k for k in offered if k in kernel_types]
         slots: tuple[Slot, ...] = {"smoke": SMOKE}.get(tier, COMPANION if companion else GATE)
-        if not companion and tier != "smoke":
+        # The oracle works in float64 on the host: production sizes would take it minutes.
+        if not companion and tier != "smoke" and backend.judged_by != "oracle":
             slots += HARDWARE if device == "cuda" else EXPLORE if tier == "explore" else ()
         for kernel_type in wanted:
             for world_size, nodes in _topologies(ep_sizes):

@@ -148,7 +148,8 @@ def dispatch_differences(spec, index, rank, rows, ids, weights, count, source_ma
         for token, row in enumerate(tokens)
         if EVERY_ROW or rank in destinations(row)
     )
-    say(f"rank {{rank}} round {{index}}: received (source rank, token, round) {{sorted(received)}}, wanted {{wanted}}")
+    say(f"rank {{rank}} round {{index}}: received {{len(received)}} rows, wanted {{len(wanted)}}; "
+        f"(source rank, token, round) {{sorted(received)[:8]}}, wanted {{wanted[:8]}}")
     if count != len(wanted) or count > rows.shape[0]:
         yield "dispatch.count", f"{{count}} rows in a buffer of {{rows.shape[0]}}, wanted {{len(wanted)}}"
     if sorted(received) != wanted:

@@ -111,7 +111,7 @@ def test_another_checkout_does_not_change_the_draws(tmp_path: Path, baseline: di
     shutil.copy(ROOT / "pyproject.toml", copy)
     # The copy tells that it was the one that ran.
     with (copy / "conformance" / "suite" / "controller.py").open("a") as module:
-        module.write("\nfingerprint = lambda: {'copy': 'yes'}\n")
+        module.write("\nfingerprint = lambda *_: {'copy': 'yes'}\n")
     done = run(tmp_path / "out", *SMALL, root=copy, environment={"PYTHONPATH": str(copy)})
     assert done.code == 0, done.text
     assert done.opening.fingerprint == {"copy": "yes"}
