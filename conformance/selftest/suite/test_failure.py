@@ -107,7 +107,7 @@ def assert_ends(started: subprocess.Popen[str], case: Case, difference: str = ""
     assert started.returncode == bool(difference), out + err
     assert ("DIFFERS" in out) == bool(difference), out
     assert difference in out
-    said = out.count("received (source rank, token, round)")
+    said = out.count("(source rank, token, round)")
     assert said == case.cell.world_size * len(case.rounds), "every rank says what it received"
 
 
