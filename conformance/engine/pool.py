@@ -259,5 +259,5 @@ def stop_forkserver() -> None:
     if getattr(server, "_forkserver_pid", None) is not None:
         with contextlib.suppress(OSError):  # it may have ended with its last client
             os.kill(server._forkserver_pid, signal.SIGKILL)
-            # Wait without reaping: multiprocessing looks itself whether to start another one, and must not find it alive.
+            # Wait without reaping: multiprocessing looks for itself, and must not find it alive any more.
             os.waitid(os.P_PID, server._forkserver_pid, os.WEXITED | os.WNOWAIT)
