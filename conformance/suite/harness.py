@@ -196,6 +196,7 @@ class Harness:
             run_settings = settings(
                 max_examples=examples,
                 deadline=None,
+                derandomize=False,  # Hypothesis sets it where CI is set; the seed below is what counts everywhere
                 database=database,
                 phases=(Phase.explicit, Phase.reuse, Phase.generate) if explore else (Phase.explicit, Phase.generate),
                 report_multiple_bugs=False,

@@ -93,6 +93,13 @@ def test_workers_do_not_change_the_draws(tmp_path: Path, baseline: dict[str, lis
     assert done.drawn() == baseline
 
 
+def test_a_ci_machine_does_not_change_the_draws(tmp_path: Path, baseline: dict[str, list[str]]) -> None:
+    """Hypothesis takes another profile where CI is set."""
+    done = run(tmp_path / "out", *SMALL, environment={"CI": "true"})
+    assert done.code == 0, done.text
+    assert done.drawn() == baseline
+
+
 def test_order_does_not_change_the_draws(tmp_path: Path, baseline: dict[str, list[str]]) -> None:
     (tmp_path / "reversed_order.py").write_text(REVERSED)
     done = run(tmp_path / "out", *SMALL, "-p", "reversed_order", environment={"PYTHONPATH": str(tmp_path)})
