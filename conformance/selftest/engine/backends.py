@@ -161,6 +161,20 @@ class ExitsAtOpen(ReferenceBackend):
         return super().open(context)
 
 
+class _EndsBadly(ReferenceSession):
+    def close(self) -> None:
+        raise_value_error()
+
+
+class RaisesAtClose(ReferenceBackend):
+    """Correct, but its library does not finalise."""
+
+    kernel_types = ("one-level",)
+
+    def open(self, context: RankContext) -> ReferenceSession:
+        return _EndsBadly(context)
+
+
 class ForgesAtBuild(ReferenceBackend):
     """Rank 0 answers another command while it builds."""
 
