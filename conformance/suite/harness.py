@@ -9,6 +9,7 @@ from the records.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -246,12 +247,17 @@ class Harness:
             outcome=outcome,
             device=self.options.device,
             arch=self.options.arch,
+            cut_short="it did not end",
         )
         failure.store(self.options.failures)
+        early = failure.directory
+        failure.cut_short = ""
         Analysis(self._run, self.options.reduce_budget_s).complete(
             self._driver, made, failure, reduce=origin == "generated"
         )
         failure.store(self.options.failures)
+        if failure.directory != early:
+            shutil.rmtree(early)  # the minimum has a directory of its own, which holds the original too
         if planned.claimed:
             raise failure_type(tally.failure)(tally.failure)
 
