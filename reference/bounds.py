@@ -13,43 +13,14 @@ overflow, and devices that flush subnormals.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from reference.intervals import Interval
 from reference.rounding import round_to
 
 UNIT_FLOAT32 = 2.0**-24
-UNIT_FLOAT64 = 2.0**-53
 UNIT_BFLOAT16 = 2.0**-8
 _FLOAT32_BITS, _BFLOAT16_BITS = 24, 8
-
-
-@dataclass
-class Acceptance:
-    """Every result in ``[lower, upper]`` is acceptable; ``value`` is the exact sum of each level, stored.
-
-    All float64, same shape; ``lower <= value <= upper``.
-    """
-
-    value: torch.Tensor
-    lower: torch.Tensor
-    upper: torch.Tensor
-
-    def error_over_bound(self, result: torch.Tensor) -> torch.Tensor:
-        """|result - value| over the distance from value to the end of the interval on that side.
-
-        0 where the result is the value itself, at most 1 where it is accepted, above 1 everywhere else, infinite where
-        no error is allowed; NaN counts as infinite. Float64, same shape.
-        """
-        result = result.double()
-        error = (result - self.value).abs()
-        room = torch.where(result > self.value, self.upper - self.value, self.value - self.lower)
-        ratio = torch.nan_to_num(error / room, nan=torch.inf, posinf=torch.inf)
-        # The quotient may round to 1 for a result a hair outside.
-        outside = (result < self.lower) | (result > self.upper)
-        ratio = torch.where(outside, ratio.clamp(min=1 + 2 * UNIT_FLOAT64), ratio)
-        return torch.where(result == self.value, 0.0, ratio)
 
 
 def gamma(count: torch.Tensor, unit: float) -> torch.Tensor:
@@ -72,7 +43,7 @@ def combine_acceptance(
     nodes: int = 1,
     element_accumulation: bool = False,
     grid: float | None = None,
-) -> Acceptance:
+) -> Interval:
     """Interval of acceptable combine results.
 
     Args:
@@ -84,7 +55,7 @@ def combine_acceptance(
         grid: promise that every term is a multiple of this power of two; makes sums exact where they fit.
 
     Returns:
-        Acceptance of shape ``[n, H]``.
+        Interval of shape ``[n, H]``.
 
     Raises:
         ValueError: per-node levels together with element accumulation, which no contract declares.
@@ -97,40 +68,38 @@ def combine_acceptance(
     if element_accumulation and dtype != torch.float32:
         return _sum_in_bfloat16(addends, destinations.sum(1, keepdim=True), grid)
     if nodes == 1:
-        addend = Acceptance(addends, addends, addends)
+        addend = Interval(addends, addends, addends)
         return _sum_in_float32(addend, destinations.sum(1, keepdim=True), dtype, grid)
     # [ranks of a node, N, n, H] and [N, n, 1]
     addends = addends.reshape(nodes, world_size // nodes, n, hidden).transpose(0, 1)
     count = destinations.reshape(n, nodes, world_size // nodes).sum(2).t().unsqueeze(2)
-    partial = _sum_in_float32(Acceptance(addends, addends, addends), count, dtype, grid)
+    partial = _sum_in_float32(Interval(addends, addends, addends), count, dtype, grid)
     return _sum_in_float32(partial, (count > 0).sum(0), dtype, grid)
 
 
-def _sum_in_float32(addend: Acceptance, count: torch.Tensor, dtype: torch.dtype, grid: float | None) -> Acceptance:
+def _sum_in_float32(addend: Interval, count: torch.Tensor, dtype: torch.dtype, grid: float | None) -> Interval:
     """Sum over dimension 0, of which ``count`` entries take part, in float32 in any order, stored as ``dtype``."""
     slack = _slack(addend, count, UNIT_FLOAT32, _FLOAT32_BITS, grid)
 
     def store(exact_sum: torch.Tensor) -> torch.Tensor:
         return round_to(exact_sum.float(), dtype).double()
 
-    return Acceptance(
-        store(addend.value.sum(0)), store(addend.lower.sum(0) - slack), store(addend.upper.sum(0) + slack)
-    )
+    return Interval(store(addend.value.sum(0)), store(addend.lower.sum(0) - slack), store(addend.upper.sum(0) + slack))
 
 
-def _sum_in_bfloat16(terms: torch.Tensor, count: torch.Tensor, grid: float | None) -> Acceptance:
+def _sum_in_bfloat16(terms: torch.Tensor, count: torch.Tensor, grid: float | None) -> Interval:
     """Sum over dimension 0 with a rounding to bfloat16 after every addition, in any order."""
     # An addition may be computed in float32 first: two roundings, (1 + u16)(1 + u32) - 1.
     unit = (1 + UNIT_BFLOAT16) * (1 + UNIT_FLOAT32) - 1
-    slack = _slack(Acceptance(terms, terms, terms), count, unit, _BFLOAT16_BITS, grid)
+    slack = _slack(Interval(terms, terms, terms), count, unit, _BFLOAT16_BITS, grid)
     total = terms.sum(0)
     # The last addition too may round once or twice; rounding outwards to float32 first covers both.
     lowest, highest = -round_up_to_float32(slack - total), round_up_to_float32(total + slack)
     low, value, high = (round_to(x, torch.bfloat16).double() for x in (lowest, total.float(), highest))
-    return Acceptance(value, low, high)
+    return Interval(value, low, high)
 
 
-def _slack(addend: Acceptance, count: torch.Tensor, unit: float, bits: int, grid: float | None) -> torch.Tensor:
+def _slack(addend: Interval, count: torch.Tensor, unit: float, bits: int, grid: float | None) -> torch.Tensor:
     """How far the operands of the last addition, summed exactly, may be from the exact sum of the addends.
 
     Zero where every partial sum is exact: at most two addends, or addends that are multiples of ``grid`` with partial

@@ -1,16 +1,113 @@
-"""Rounding of float32 to narrower element types, at bit level.
+"""Encoding, decoding and rounding of every format, at bit level on integers.
 
-Scope: round to nearest even from float32 to bfloat16, as IEEE 754-2019 §4.3.1 defines it, written on integers because
-library casts have been wrong on new architectures. What a pass does not prove: anything about a device's own casts.
+Scope: IEEE 754-2019 §4.3 rounding (to nearest even, ties away, towards zero), saturation, NaN and signed zeros of
+:mod:`reference.formats`. No library cast is used, because library casts have been wrong. What a pass does not prove:
+anything about a device's own casts.
 """
 
 from __future__ import annotations
 
 import torch
 
+from reference.formats import E8M0_BIAS, E8M0_NAN, FORMATS, Format, Overflow, Ties
+
+_FLOAT64_MANTISSA, _FLOAT64_BIAS = 52, 1023
+
+
+def encode(
+    value: torch.Tensor, to: Format, *, overflow: Overflow = Overflow.SATURATE, ties: Ties = Ties.EVEN
+) -> torch.Tensor:
+    """Codes of ``value`` (any floating type up to float64, taken exactly), int64 of the same shape.
+
+    NaN becomes the format's NaN with the value's sign, where the format has one.
+
+    Raises:
+        ValueError: ``value`` holds NaN and ``to`` (E2M1) has none, or ``value`` is no floating tensor.
+    """
+    if not value.is_floating_point():
+        raise ValueError(f"value is {value.dtype}; encode floating tensors only")
+    bits = value.double().view(torch.int64)
+    magnitude, negative = bits & 0x7FFFFFFFFFFFFFFF, bits < 0
+    exponent = (magnitude >> _FLOAT64_MANTISSA) - _FLOAT64_BIAS
+    significand = (magnitude & ((1 << _FLOAT64_MANTISSA) - 1)) | (1 << _FLOAT64_MANTISSA)
+    # Float64 subnormals are far below half of any format's smallest value: that they have no leading one is no matter.
+    scale = exponent.clamp(min=to.min_exponent)
+    drop = (_FLOAT64_MANTISSA - to.mantissa_bits + scale - exponent).clamp(max=_FLOAT64_MANTISSA + 3)
+    kept, rest, half = significand >> drop, significand & ((1 << drop) - 1), 1 << (drop - 1)
+    tie_up = kept & 1 == 1 if ties is Ties.EVEN else torch.full_like(negative, ties is Ties.AWAY)
+    up = ((rest > half) & (ties is not Ties.TRUNCATE)) | ((rest == half) & tie_up)
+    # A carry out of the mantissa lands in the exponent, which is the next binade.
+    code = ((scale - to.min_exponent) << to.mantissa_bits) + kept + up.long()
+    infinite = value.isinf()
+    # An infinity's exponent field is not one to count with.
+    beyond = infinite | (code > to.max_code)
+    limit = to.max_code if overflow is Overflow.SATURATE else to.infinity_code
+    nan = value.isnan()
+    if limit is None:
+        nan, limit = nan | beyond, 0
+    code = torch.where(beyond, limit, code)
+    if to.nan_code is None:
+        if bool(nan.any()):
+            raise ValueError(f"value holds NaN, which {to.name} cannot represent; encode finite values or infinities")
+    elif to.negative_zero:
+        code = torch.where(nan, to.nan_code, code)
+    signed = code | torch.where(negative, to.sign_bit, 0)
+    if to.negative_zero:
+        return signed
+    assert to.nan_code is not None
+    return signed.masked_fill(code == 0, 0).masked_fill(nan, to.nan_code)
+
+
+def decode(codes: torch.Tensor, of: Format) -> torch.Tensor:
+    """Values of integer ``codes`` (bits above the format's width are ignored), float64 of the same shape."""
+    codes = codes.long() & (2 * of.sign_bit - 1)
+    magnitude = codes & (of.sign_bit - 1)
+    exponent, mantissa = magnitude >> of.mantissa_bits, magnitude & ((1 << of.mantissa_bits) - 1)
+    normal = (
+        ((exponent - of.bias + _FLOAT64_BIAS) << _FLOAT64_MANTISSA) | mantissa << (_FLOAT64_MANTISSA - of.mantissa_bits)
+    ).view(torch.float64)
+    value = torch.where(exponent == 0, mantissa.double() * of.smallest, normal)
+    value = torch.where(codes & of.sign_bit != 0, -value, value)
+    if not of.negative_zero:
+        assert of.nan_code is not None
+        return value.masked_fill(codes == of.nan_code, torch.nan)
+    if of.infinity_code is not None:
+        infinite = torch.copysign(torch.full_like(value, torch.inf), value)
+        value = torch.where(magnitude == of.infinity_code, infinite, value)
+    if of.nan_code is not None:
+        value = value.masked_fill(magnitude > (of.infinity_code or of.max_code), torch.nan)
+    return value
+
+
+def round_to_format(
+    value: torch.Tensor, to: Format, *, overflow: Overflow = Overflow.IEEE, ties: Ties = Ties.EVEN
+) -> torch.Tensor:
+    """``value`` rounded once to ``to``, float64 of the same shape. A store overflows to infinity by default."""
+    return decode(encode(value, to, overflow=overflow, ties=ties), to)
+
+
+def decode_e8m0(codes: torch.Tensor) -> torch.Tensor:
+    """Values of E8M0 codes (uint8 or wider), float64: ``2**(code - 127)``, NaN for 255."""
+    value = torch.exp2((codes.long() & 0xFF).double() - E8M0_BIAS)
+    return torch.where(codes.long() & 0xFF == E8M0_NAN, torch.nan, value)
+
+
+def format_of(dtype: torch.dtype) -> Format:
+    """Format of a torch element type.
+
+    Raises:
+        ValueError: no such format is modelled.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in FORMATS:
+        raise ValueError(f"no format is modelled for {dtype}; use one of {', '.join(sorted(FORMATS))}")
+    return FORMATS[name]
+
 
 def round_to_bfloat16(value: torch.Tensor) -> torch.Tensor:
     """Round float32 to the nearest bfloat16, ties to even; returned as float32 of the same shape. NaN stays NaN.
+
+    The same as :func:`round_to_format` in a tenth of the time: every combine is stored this way.
 
     Raises:
         ValueError: ``value`` is not float32; its bits would be misread.
@@ -24,7 +121,7 @@ def round_to_bfloat16(value: torch.Tensor) -> torch.Tensor:
 
 
 def round_to(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Round float32 ``value`` to ``dtype`` (bfloat16 or float32), returned as float32.
+    """Round float32 ``value`` to ``dtype`` (bfloat16, float16 or float32), returned as float32.
 
     Raises:
         ValueError: another element type.
@@ -33,4 +130,6 @@ def round_to(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return value
     if dtype == torch.bfloat16:
         return round_to_bfloat16(value)
-    raise ValueError(f"no rounding to {dtype} is modelled; use torch.bfloat16 or torch.float32")
+    if dtype == torch.float16:
+        return round_to_format(value, format_of(dtype)).float()
+    raise ValueError(f"no rounding to {dtype} is modelled; use torch.bfloat16, torch.float16 or torch.float32")

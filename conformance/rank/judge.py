@@ -16,7 +16,7 @@ import torch
 from accelerated.contract import Contract, RowOrder
 from conformance.engine.protocol import Mismatch
 from conformance.rank.inputs import Inputs, read_tags
-from reference.bounds import Acceptance
+from reference.intervals import Interval
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Observed:
 class ExpectedResult:
     """What combine must return: the acceptance interval ``[n, H]`` and the weights ``[n, k]``."""
 
-    output: Acceptance
+    output: Interval
     weights: torch.Tensor
     dtype: torch.dtype
 
@@ -225,7 +225,7 @@ def judge_weights(index: int, seen: Observed, want: ExpectedResult, contract: Co
     return None
 
 
-def _bad_output(index: int, seen: Observed, expected: Acceptance, ratio: torch.Tensor) -> Mismatch:
+def _bad_output(index: int, seen: Observed, expected: Interval, ratio: torch.Tensor) -> Mismatch:
     position = int(ratio.argmax())
     token, element = divmod(position, ratio.shape[1])
     low, high = float(expected.lower[token, element]), float(expected.upper[token, element])

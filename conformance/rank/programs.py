@@ -31,7 +31,8 @@ from conformance.rank.judge import (
 )
 from conformance.rank.routing import wire_rows
 from reference import dispatch_combine, oracle
-from reference.bounds import Acceptance, combine_acceptance
+from reference.bounds import combine_acceptance
+from reference.intervals import Interval
 
 Expectation = tuple[ExpectedRows, ExpectedResult]
 SetPhase = Callable[[str, int], None]
@@ -142,7 +143,7 @@ class Program:
             grid=_grid(case, index),
             every_addition_rounds=self._contract.accumulation is Accumulation.ELEMENT,
         )
-        acceptance = Acceptance(answer.value.to(device), answer.lower.to(device), answer.upper.to(device))
+        acceptance = Interval(answer.value.to(device), answer.lower.to(device), answer.upper.to(device))
         return ExpectedResult(acceptance, answer.weights.float().to(device), DTYPES[cell.dtype])
 
     # ------------------------------------------------------------------ the backend

@@ -25,7 +25,7 @@ from conformance.rank.judge import (
     judge_inputs,
     same_bits,
 )
-from reference.bounds import Acceptance
+from reference.intervals import Interval
 
 ROUND = 3
 #: (source rank, token) of the rows this rank must receive.
@@ -83,7 +83,7 @@ def a_round(dtype: torch.dtype = torch.bfloat16, order: list[int] | None = None)
         source_map_promised=True,
     )
     value = observed.output.double()
-    acceptance = Acceptance(value.clone(), value - value.abs() / 8, value + value.abs() / 8)
+    acceptance = Interval(value.clone(), value - value.abs() / 8, value + value.abs() / 8)
     result = ExpectedResult(acceptance, torch.tensor([[0.5, 0.25], [0.0, 1.0]]), dtype)
     return RoundSeen(observed, ExpectedRows(where, rows, ids, weights), result)
 
@@ -279,7 +279,7 @@ def test_nothing_received_and_nothing_sent() -> None:
     empty = ExpectedRows(rows.keys[:0], rows.rows[:0], rows.ids[:0], rows.weights[:0])
     assert judge_dispatch(ROUND, seen, empty, contract(RowOrder.SOURCE)) is None
     seen = replace(seen, output=seen.output[:0], combined_weights=torch.empty(0, 2))
-    none = ExpectedResult(Acceptance(want.value[:0], want.lower[:0], want.upper[:0]), torch.empty(0, 2), torch.bfloat16)
+    none = ExpectedResult(Interval(want.value[:0], want.lower[:0], want.upper[:0]), torch.empty(0, 2), torch.bfloat16)
     assert judge_combine(ROUND, seen, none, contract()) == (None, 0.0)
 
 

@@ -14,7 +14,8 @@ import torch
 
 from conformance.selftest.reference import adversary as adv
 from conformance.selftest.reference.adversary import BFLOAT16, FLOAT32, Array
-from reference.bounds import Acceptance, combine_acceptance, gamma, round_up_to_float32
+from reference.bounds import combine_acceptance, gamma, round_up_to_float32
+from reference.intervals import Interval
 from reference.rounding import round_to
 
 OPERATIONS = [
@@ -27,7 +28,7 @@ OPERATIONS = [
 
 def _bound(
     terms: Array, reached: Array, dtype: torch.dtype, nodes: int = 1, element: bool = False, grid: float | None = None
-) -> Acceptance:
+) -> Interval:
     options = {"nodes": nodes, "element_accumulation": element, "grid": grid}
     return combine_acceptance(torch.from_numpy(terms), torch.from_numpy(reached), dtype, **options)  # type: ignore[arg-type]
 
@@ -36,7 +37,7 @@ def _all_reached(terms: Array) -> Array:
     return np.ones((terms.shape[1], terms.shape[0]), bool)
 
 
-def _ratio(bound: Acceptance, result: Array) -> float:
+def _ratio(bound: Interval, result: Array) -> float:
     return float(bound.error_over_bound(torch.from_numpy(np.ascontiguousarray(result))).max())
 
 
@@ -188,7 +189,7 @@ def test_truncation_and_coarse_accumulation_are_rejected() -> None:
 
 
 def test_what_is_no_number_is_infinitely_wrong() -> None:
-    bound = Acceptance(*(torch.tensor([x], dtype=torch.float64) for x in (1.0, 0.5, 1.5)))
+    bound = Interval(*(torch.tensor([x], dtype=torch.float64) for x in (1.0, 0.5, 1.5)))
     for result, want in (
         (torch.nan, torch.inf),
         (torch.inf, torch.inf),
@@ -198,7 +199,7 @@ def test_what_is_no_number_is_infinitely_wrong() -> None:
         (0.5, 1.0),
     ):
         assert bound.error_over_bound(torch.tensor([result])).item() == want
-    point = Acceptance(*(torch.zeros(1, dtype=torch.float64) for _ in range(3)))
+    point = Interval(*(torch.zeros(1, dtype=torch.float64) for _ in range(3)))
     assert point.error_over_bound(torch.tensor([-0.0])).item() == 0
     assert point.error_over_bound(torch.tensor([2.0**-149])).item() == torch.inf
 

@@ -115,7 +115,7 @@ def test_oracle_rounds_to_float32_like_fractions() -> None:
 
 def test_other_types_are_refused() -> None:
     assert round_to(torch.ones(1), torch.float32).item() == 1
-    with pytest.raises(ValueError, match=r"^no rounding to torch.float16 is modelled; use torch.bfloat16 or torch"):
-        round_to(torch.ones(1), torch.float16)
+    with pytest.raises(ValueError, match=r"^no rounding to torch.float64 is modelled; use torch.bfloat16, torch"):
+        round_to(torch.ones(1), torch.float64)
     with pytest.raises(ValueError, match=r"^value is torch.float64; round float32 tensors only$"):
         round_to_bfloat16(torch.ones(1, dtype=torch.float64))

@@ -1,0 +1,133 @@
+"""Quantisers as data: every choice that two correct quantisers may make differently is a field here.
+
+Scope: the declaration; :mod:`reference.quantisation` carries it out. Nothing here imports torch, so a contract can hold
+a codec in the driver. Where a library leaves a choice open, the value says so and the acceptance set is exactly that
+choice. What a right declaration does not prove: that a library keeps it.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from reference.formats import Format, Ties
+from reference.problem import ProblemError
+
+
+class Granularity(enum.Enum):
+    """Elements that share one scale."""
+
+    TENSOR = "tensor"
+    TOKEN = "token"  # one row
+    GROUP = "group"  # `group` consecutive columns of one row: 1x128, 1x32
+    BLOCK = "block"  # `block_rows` rows by `group` columns: 128x128
+
+
+class ScaleFormat(enum.Enum):
+    """How a scale is stored."""
+
+    FLOAT32 = "float32"
+    E8M0 = "e8m0"  # one byte, a power of two
+    UE8M0_FLOAT32 = "ue8m0 in float32"  # a power of two stored as float32 (DeepGEMM's unpacked form)
+
+
+class ScaleRule(enum.Enum):
+    """How a scale follows from the largest magnitude ``amax`` of its elements."""
+
+    DIVIDE = "amax / max, rounded to float32"
+    RECIPROCAL = "amax * fl(1 / max), both rounded to float32"
+    # powers of two, by exact integer arithmetic on the bits of amax; 2**k is the payload's largest power of two
+    DOWN = "floor_pow2(amax / 2**k)"  # OCP MX 1.0 §6.3
+    UP = "ceil_pow2(amax / max)"
+    EVEN = "floor_pow2(round(amax to the payload's mantissa, ties away) / 2**k)"
+    CEIL = "ceil_pow2(amax / 2**k)"
+    CEIL_OF_FLOAT32 = "ceil_pow2(float32 scale of DIVIDE)"  # UE8M0 as DeepGEMM and vLLM compute it
+    CEIL_OF_RECIPROCAL = "ceil_pow2(float32 scale of RECIPROCAL)"
+
+
+class ZeroScale(enum.Enum):
+    """Scale of a group whose elements are all zero."""
+
+    FORMULA = "what the rule gives after the floors"
+    ONE = "one"
+
+
+class PayloadRule(enum.Enum):
+    """What is rounded to the payload format."""
+
+    DIVIDE = "x / scale"
+    RECIPROCAL = "x * fl(1 / scale)"
+    APPROXIMATE_RECIPROCAL = "x * r, r within one unit in the last place of 1 / scale (v_rcp_f32)"
+
+
+class ScaleLayout(enum.Enum):
+    """Where scale [row, group] lies in the scale tensor that comes back."""
+
+    ROW_MAJOR = "shape (M, G), stride (G, 1)"
+    COLUMN_MAJOR = "shape (M, G), stride (1, M)"
+    TRANSPOSED_BYTES = "shape (M, G), contiguous, and the bytes are those of (G, M)"
+    SWIZZLED = "AITER's e8m0 shuffle: padded to (256, 8), then tiles of 32 x 8"
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One quantiser's numerics.
+
+    Attributes:
+        payload: format of the codes; E2M1 codes lie two per byte, the even element in the low nibble.
+        granularity: which elements share a scale; ``group`` and ``block_rows`` size it.
+        group: columns per scale of GROUP and BLOCK. The last group of a row may be shorter.
+        block_rows: rows per scale of BLOCK.
+        maximum: what amax is mapped to and codes saturate at: the payload's largest value, or 224 on FNUZ (vLLM).
+        scale_format: how the scale is stored.
+        scale_rule: how it is computed. Not looked at where ``static``.
+        static: the caller gives the scale.
+        amax_floor: amax is raised to this before the rule.
+        scale_floor: the float32 scale is raised to this.
+        zero_scale: scale of an all-zero group.
+        payload_rule: what is rounded.
+        ties: rounding of the payload.
+        zero_codes_defined: False where the codes of a group with scale 0 are garbage (0 * inf) and only the
+            dequantised zero counts.
+        may_flush: float32 subnormals (inputs, scales, quotients) may be taken for zero
+            (``-fgpu-flush-denormals-to-zero``).
+        scale_layout: of the scale tensor.
+
+    Raises:
+        ProblemError: fields that contradict each other.
+    """
+
+    payload: Format
+    granularity: Granularity
+    maximum: float
+    scale_rule: ScaleRule = ScaleRule.DIVIDE
+    group: int = 0
+    block_rows: int = 0
+    scale_format: ScaleFormat = ScaleFormat.FLOAT32
+    static: bool = False
+    amax_floor: float = 0.0
+    scale_floor: float = 0.0
+    zero_scale: ZeroScale = ZeroScale.FORMULA
+    payload_rule: PayloadRule = PayloadRule.DIVIDE
+    ties: Ties = Ties.EVEN
+    zero_codes_defined: bool = True
+    may_flush: bool = False
+    scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR
+
+    def __post_init__(self) -> None:
+        grouped = self.granularity in (Granularity.GROUP, Granularity.BLOCK)
+        if grouped != (self.group > 0):
+            raise ProblemError(
+                f"group is {self.group} with granularity {self.granularity.value}; give columns per group"
+            )
+        if (self.granularity is Granularity.BLOCK) != (self.block_rows > 0):
+            raise ProblemError(f"block_rows is {self.block_rows}; give it for granularity block, and only there")
+        if not 0 < self.maximum <= self.payload.max:
+            raise ProblemError(f"maximum is {self.maximum}; {self.payload.name} holds at most {self.payload.max}")
+        power = self.scale_rule not in (ScaleRule.DIVIDE, ScaleRule.RECIPROCAL)
+        if not self.static and power == (self.scale_format is ScaleFormat.FLOAT32):
+            raise ProblemError(f"scale rule {self.scale_rule.name} does not give a {self.scale_format.value} scale")
+
+    def groups(self, columns: int) -> int:
+        """Scales per row of ``columns`` elements (per ``block_rows`` rows for BLOCK)."""
+        return -(-columns // self.group) if self.group else 1
