@@ -13,9 +13,9 @@ from typing import Literal
 import msgspec
 
 from conformance.recipes import explicit_rows
+from conformance.row_cases import Mode, RowCase, RowCell, validate_rows
 from reference.problem import Problem
 
-Mode = Literal["drained", "free-running"]
 Values = Literal["integers", "normal", "wide", "bits"]
 Placement = Literal["linear", "round_robin"]
 
@@ -30,7 +30,7 @@ class CaseError(ValueError):
     """A case file or a case does not describe an input. The message names the value, the limit and the fix."""
 
 
-class Cell(msgspec.Struct, frozen=True, order=True):
+class Cell(msgspec.Struct, frozen=True, order=True, tag="exchange"):
     """One test item: what stays fixed while Hypothesis varies routing, values and sequence."""
 
     check: str  # the property, i.e. the test module's subject
@@ -96,7 +96,7 @@ class Round(msgspec.Struct, frozen=True):
     delays_ms: tuple[int, ...] = ()  # per rank, slept before the dispatch; () is no delay
 
 
-class Case(msgspec.Struct, frozen=True):
+class Case(msgspec.Struct, frozen=True, tag="exchange"):
     """A cell and the rounds that run on one operator, in order."""
 
     cell: Cell
@@ -106,6 +106,11 @@ class Case(msgspec.Struct, frozen=True):
     def id(self) -> str:
         """First 12 hex digits of a hash of the case's JSON."""
         return hashlib.blake2b(encode(self), digest_size=6).hexdigest()
+
+    @property
+    def steps(self) -> int:
+        """Rounds of the operator."""
+        return len(self.rounds)
 
     def token_counts(self) -> list[tuple[int, ...]]:
         """Tokens per rank of each round."""
@@ -138,24 +143,30 @@ def expand(cell: Cell, routing: Explicit | Recipe, only: int | None = None) -> R
     )
 
 
+AnyCell = Cell | RowCell
+AnyCase = Case | RowCase
+
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(Case)
+_decoder = msgspec.json.Decoder(AnyCase)
 
 
-def encode(case: Case) -> bytes:
+def encode(case: AnyCase) -> bytes:
     """Canonical JSON of a case."""
     return _encoder.encode(case)
 
 
-def decode(data: bytes, origin: str) -> Case:
+def decode(data: bytes, origin: str) -> AnyCase:
     """Read a case from JSON and check it against its own cell.
 
     Raises:
         CaseError: not JSON, not a case, or a case that its cell cannot hold; ``origin`` is named in the message.
     """
     try:
-        case = _decoder.decode(data)
-        validate(case)
+        case: AnyCase = _decoder.decode(data)
+        if isinstance(case, RowCase):
+            validate_rows(case)
+        else:
+            validate(case)
     except (msgspec.MsgspecError, ValueError) as error:
         raise CaseError(f"{origin} is not a valid case: {error}; fix or delete it") from error
     return case

@@ -1,0 +1,193 @@
+"""Values of rows, built from a pattern, a row number and a rank alone, in numpy.
+
+Scope: the same numbers in every rank process, in the driver and in a stand-alone script; rounded to the element type
+here, on integers, so that no device's cast decides what the input is. What these rows do not cover: data of a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from conformance.row_cases import Call, Pattern, RowCell
+
+Array = npt.NDArray[np.float32]
+
+#: Largest exponent of "huge" values, by element type.
+_TOP = {"bfloat16": 127, "float16": 15, "float32": 127}
+#: Squares of so many as a row holds, summed over ranks, stay finite in float32.
+NORM_TOP = 50
+_SUBNORMAL = {"bfloat16": 2.0**-133, "float16": 2.0**-24, "float32": 2.0**-149}
+_STEP = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What values depend on besides the pattern.
+
+    Attributes:
+        hidden: N.
+        dtype: element type.
+        group: columns that share a scale, or a block to scale where there is no quantiser.
+        maximum: what a quantiser maps the largest magnitude to.
+        midpoints: halfway between neighbouring codes of the quantiser, positive.
+        top: exponent of "huge" values.
+    """
+
+    hidden: int
+    dtype: str
+    group: int = 32
+    maximum: float = 6.0
+    midpoints: tuple[float, ...] = field(default=(0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
+    top: int = NORM_TOP
+
+
+def rows_of(call: Call, cell: RowCell, shape: Shape, rank: int, *, residual: bool = False) -> Array:
+    """``[M, N]`` float32 values that the element type holds exactly."""
+    patterns = call.residual if residual else call.patterns
+    rows = np.zeros((call.rows, cell.hidden), dtype=np.float32)
+    for index in range(call.rows):
+        rows[index] = row_of(patterns[index % len(patterns)], index, shape, rank + (1 << 16 if residual else 0))
+    return rows
+
+
+def weight_of(call: Call, cell: RowCell) -> Array:
+    """``[N]`` float32 norm weights that the element type holds exactly."""
+    if call.weight == "normal":
+        drawn = _generator(Pattern("normal", seed=len(call.patterns)), 0, 1 << 20).standard_normal(cell.hidden)
+        return round_values(1 + drawn / 4, cell.dtype)
+    return np.full(cell.hidden, 2.0 if call.weight == "twos" else 1.0, dtype=np.float32)
+
+
+def row_of(pattern: Pattern, index: int, shape: Shape, rank: int) -> Array:
+    """One row."""
+    made = _MAKERS[pattern.kind](pattern, index, shape, rank)
+    if pattern.kind in ("subnormal", "huge", "every_code"):
+        return round_values(made, shape.dtype)
+    with np.errstate(over="ignore"):
+        scaled = np.clip(np.ldexp(made, pattern.exponent), -_largest(shape), _largest(shape))
+    scaled = np.where(np.isfinite(made), scaled, made)
+    return round_values(scaled, shape.dtype)
+
+
+def round_values(values: npt.NDArray[np.floating], dtype: str) -> Array:
+    """Round to the element type, to nearest even, kept as float32."""
+    with np.errstate(over="ignore", under="ignore"):
+        single = np.asarray(values, dtype=np.float64).astype(np.float32)
+        if dtype == "float16":
+            return single.astype(np.float16).astype(np.float32)
+    if dtype == "float32":
+        return single
+    bits = single.view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return np.where(np.isnan(single), single, rounded)
+
+
+def _largest(shape: Shape) -> float:
+    return 2.0 ** (min(shape.top, _TOP[shape.dtype]) + 0.99)
+
+
+def _generator(pattern: Pattern, index: int, rank: int) -> np.random.Generator:
+    """A stream of its own for every (pattern seed, row, rank)."""
+    return np.random.Generator(
+        np.random.Philox(key=np.array([pattern.seed + 1, (rank << 40) + index], dtype=np.uint64))
+    )
+
+
+def _normal(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+    return _generator(pattern, index, rank).standard_normal(shape.hidden)
+
+
+def _one_hot(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+    row = np.zeros(shape.hidden)
+    row[(pattern.position + index + rank) % shape.hidden] = 1.5
+    return row
+
+
+def _integers(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+    return _generator(pattern, index, rank).integers(-8, 9, shape.hidden).astype(np.float64)
+
+
+def _blocks(shape: Shape) -> npt.NDArray[np.int64]:
+    """Number of each column's group."""
+    return np.arange(shape.hidden) // shape.group
+
+
+def _block_scaled(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+    return np.ldexp(_normal(pattern, index, shape, rank), (_blocks(shape) * 7 + index) % 25 - 12)
+
+
+def _zero_group(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+    blocks = _blocks(shape)
+    return np.where(blocks == pattern.position % (int(blocks[-1]) + 1), 0.0, _normal(pattern, index, shape, rank))
+
+
+def _powers(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+    """Powers of two and their neighbours, the largest of each group among them."""
+    generator = _generator(pattern, index, rank)
+    step = _STEP[shape.dtype]
+    mantissa = generator.choice([1.0, 1 + step, 1 - step / 2], shape.hidden)
+    exponent = generator.integers(-9, 1, shape.hidden) + _blocks(shape) % 3
+    return np.ldexp(mantissa * generator.choice([-1.0, 1.0], shape.hidden), exponent)
+
+
+def _ties(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+    """Midpoints of the codes, and in each group one element that makes its scale a power of two."""
+    column = np.arange(shape.hidden)
+    midpoints = np.array(shape.midpoints)[(column + index + pattern.seed) % len(shape.midpoints)]
+    signed = np.where((column + index) % 3 == 0, -midpoints, midpoints)
+    return np.where(column % shape.group == pattern.position % min(shape.group, shape.hidden), shape.maximum, signed)
+
+
+def _wide(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+    generator = _generator(pattern, index, rank)
+    return np.ldexp(generator.standard_normal(shape.hidden), generator.integers(-20, 21, shape.hidden))
+
+
+def _huge(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+    generator = _generator(pattern, index, rank)
+    signs = generator.choice([-1.0, 1.0], shape.hidden)
+    return np.ldexp(generator.uniform(0.5, 0.99, shape.hidden) * signs, min(shape.top, _TOP[shape.dtype]) + 1)
+
+
+def _subnormal(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+    integers = _generator(pattern, index, rank).integers(-127, 128, shape.hidden)
+    return integers * _SUBNORMAL[shape.dtype]
+
+
+def _with(value: float, pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+    row = _normal(pattern, index, shape, rank)
+    row[pattern.position % shape.hidden] = value
+    return row
+
+
+def _every_code(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+    """Every bit pattern of 16 bits in turn, row after row; zero for NaN and infinities."""
+    codes = (np.arange(shape.hidden) + shape.hidden * (index + pattern.position)) % (1 << 16)
+    if shape.dtype == "float16":
+        values = codes.astype(np.uint16).view(np.float16).astype(np.float64)
+    else:
+        values = (codes.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return np.where(np.isfinite(values), values, 0.0)
+
+
+_MAKERS = {
+    "zero": lambda p, i, s, r: np.zeros(s.hidden),
+    "one_hot": _one_hot,
+    "ones": lambda p, i, s, r: np.full(s.hidden, float(1 + r % 64)),
+    "integers": _integers,
+    "normal": _normal,
+    "row_scaled": lambda p, i, s, r: np.ldexp(_normal(p, i, s, r), i % 25 - 12),
+    "block_scaled": _block_scaled,
+    "zero_group": _zero_group,
+    "powers": _powers,
+    "ties": _ties,
+    "wide": _wide,
+    "huge": _huge,
+    "subnormal": _subnormal,
+    "nan": lambda p, i, s, r: _with(np.nan, p, i, s, r),
+    "infinity": lambda p, i, s, r: _with(-np.inf if p.position % 2 else np.inf, p, i, s, r),
+    "every_code": _every_code,
+}
