@@ -93,4 +93,4 @@ class Overflow(enum.Enum):
     """What becomes of a value that rounds beyond the largest finite one, infinity included."""
 
     SATURATE = "the largest finite value"
-    IEEE = "infinity, or NaN in a format without"
+    IEEE = "infinity, or NaN in a format without; an error in one with neither"

@@ -19,39 +19,45 @@ def encode(
 ) -> torch.Tensor:
     """Codes of ``value`` (any floating type up to float64, taken exactly), int64 of the same shape.
 
-    NaN becomes the format's NaN with the value's sign, where the format has one.
+    NaN becomes the format's NaN with the value's sign, where the format has one. ``overflow`` applies to infinities and
+    to what rounds beyond the largest finite value; a finite value never rounds there with ties TRUNCATE (IEEE 754-2019
+    §7.4).
 
     Raises:
-        ValueError: ``value`` holds NaN and ``to`` (E2M1) has none, or ``value`` is no floating tensor.
+        ValueError: ``value`` is no floating tensor, or ``to`` (E2M1) has no NaN and ``value`` holds one or overflows
+            under Overflow.IEEE.
     """
     if not value.is_floating_point():
         raise ValueError(f"value is {value.dtype}; encode floating tensors only")
     bits = value.double().view(torch.int64)
-    magnitude, negative = bits & 0x7FFFFFFFFFFFFFFF, bits < 0
+    magnitude = bits & 0x7FFFFFFFFFFFFFFF
     exponent = (magnitude >> _FLOAT64_MANTISSA) - _FLOAT64_BIAS
     significand = (magnitude & ((1 << _FLOAT64_MANTISSA) - 1)) | (1 << _FLOAT64_MANTISSA)
     # Float64 subnormals are far below half of any format's smallest value: that they have no leading one is no matter.
     scale = exponent.clamp(min=to.min_exponent)
-    drop = (_FLOAT64_MANTISSA - to.mantissa_bits + scale - exponent).clamp(max=_FLOAT64_MANTISSA + 3)
-    kept, rest, half = significand >> drop, significand & ((1 << drop) - 1), 1 << (drop - 1)
-    tie_up = kept & 1 == 1 if ties is Ties.EVEN else torch.full_like(negative, ties is Ties.AWAY)
-    up = ((rest > half) & (ties is not Ties.TRUNCATE)) | ((rest == half) & tie_up)
-    # A carry out of the mantissa lands in the exponent, which is the next binade.
-    code = ((scale - to.min_exponent) << to.mantissa_bits) + kept + up.long()
-    infinite = value.isinf()
-    # An infinity's exponent field is not one to count with.
-    beyond = infinite | (code > to.max_code)
+    drop = (scale - exponent + (_FLOAT64_MANTISSA - to.mantissa_bits)).clamp(max=_FLOAT64_MANTISSA + 3)
+    if ties is Ties.EVEN:
+        # Half a unit less one, plus the lowest kept bit, carries exactly when the value must round up.
+        significand = significand + ((significand >> drop) & 1) + ((1 << (drop - 1)) - 1)
+    elif ties is Ties.AWAY:
+        significand = significand + (1 << (drop - 1))
+    # A carry out of the mantissa lands in the exponent, which is the next binade. Infinity and NaN land beyond all.
+    code = ((scale - to.min_exponent) << to.mantissa_bits) + (significand >> drop)
+    beyond = value.isinf() if ties is Ties.TRUNCATE else code > to.max_code
+    if ties is Ties.TRUNCATE:
+        code = code.clamp(max=to.max_code)
     limit = to.max_code if overflow is Overflow.SATURATE else to.infinity_code
     nan = value.isnan()
     if limit is None:
         nan, limit = nan | beyond, 0
-    code = torch.where(beyond, limit, code)
+    code = code.masked_fill(beyond, limit)
     if to.nan_code is None:
         if bool(nan.any()):
-            raise ValueError(f"value holds NaN, which {to.name} cannot represent; encode finite values or infinities")
+            what = "NaN" if overflow is Overflow.SATURATE else "NaN or overflow"
+            raise ValueError(f"value holds {what}, which {to.name} cannot represent; encode finite values, or saturate")
     elif to.negative_zero:
-        code = torch.where(nan, to.nan_code, code)
-    signed = code | torch.where(negative, to.sign_bit, 0)
+        code = code.masked_fill(nan, to.nan_code)
+    signed = code | ((bits >> 63) & to.sign_bit)
     if to.negative_zero:
         return signed
     assert to.nan_code is not None
@@ -88,8 +94,9 @@ def round_to_format(
 
 def decode_e8m0(codes: torch.Tensor) -> torch.Tensor:
     """Values of E8M0 codes (uint8 or wider), float64: ``2**(code - 127)``, NaN for 255."""
-    value = torch.exp2((codes.long() & 0xFF).double() - E8M0_BIAS)
-    return torch.where(codes.long() & 0xFF == E8M0_NAN, torch.nan, value)
+    codes = codes.long() & 0xFF
+    value = ((codes + (_FLOAT64_BIAS - E8M0_BIAS)) << _FLOAT64_MANTISSA).view(torch.float64)
+    return value.masked_fill(codes == E8M0_NAN, torch.nan)
 
 
 def format_of(dtype: torch.dtype) -> Format:
