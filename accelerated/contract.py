@@ -93,3 +93,14 @@ class Contract:
             raise ContractError("receive layout 'expert major' has no check yet; declare dense rows or every row")
         if self.node_levels and self.accumulation is not Accumulation.FLOAT32:
             raise ContractError("per-node rounding levels are modelled for float32 accumulation only")
+
+
+def exchange(contract: object) -> Contract:
+    """The contract of a dispatch/combine.
+
+    Raises:
+        ContractError: it is another operator's.
+    """
+    if not isinstance(contract, Contract):
+        raise ContractError(f"{type(contract).__name__} is no contract of a dispatch/combine; ask for a Problem's")
+    return contract

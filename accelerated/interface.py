@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from accelerated.contract import Contract, Support
+    from accelerated.operators import NormContract, NormOperation, QuantContract, QuantOperation, RowProblem
     from reference.problem import Problem
 
 
@@ -87,7 +88,7 @@ class Operation(Protocol):
 class Session(Protocol):
     """A library initialised in one rank process. One per process lifetime."""
 
-    def build(self, problem: Problem, kernel_type: str) -> Operation:
+    def build(self, problem: Problem | RowProblem, kernel_type: str) -> Operation | QuantOperation | NormOperation:
         """Construct an operator. Collective over the default group."""
 
     def close(self) -> None:
@@ -100,12 +101,12 @@ class Backend(Protocol):
     name: str
     standin: bool  # True: a double, every report must say so
     judged_by: str  # "reference" or "oracle"
-    kernel_types: Sequence[str]
+    kernel_types: Sequence[str]  # of dispatch/combine
 
-    def support(self, problem: Problem, kernel_type: str) -> Support:
+    def support(self, problem: Problem | RowProblem, kernel_type: str) -> Support:
         """Say whether this problem is claimed, unclaimed or refused, with the reason."""
 
-    def contract(self, problem: Problem, kernel_type: str) -> Contract:
+    def contract(self, problem: Problem | RowProblem, kernel_type: str) -> Contract | QuantContract | NormContract:
         """Declare the behaviour for a problem that :meth:`support` does not refuse."""
 
     def preflight(self, device: str) -> list[Finding]:

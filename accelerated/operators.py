@@ -9,7 +9,7 @@ What conforming to this interface does not prove: that the contract is kept.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,6 +31,12 @@ class Family(enum.Enum):
 
 #: Element types of rows, with their size in bytes.
 ROW_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def operators_of(backend: object) -> Mapping[str, Sequence[str]]:
+    """Row operators that a backend offers: names by value of :class:`Family`; none where it has no such attribute."""
+    found: Mapping[str, Sequence[str]] = getattr(backend, "operators", {})
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,11 +84,13 @@ class QuantContract:
         codec: its numerics.
         takes_num_rows: a device row count may be given; rows from it on are then undefined and may be unwritten.
         takes_out: results go where the caller says.
+        takes_empty: a call with no rows is legal. Where it is not, the library raises or launches an empty grid.
     """
 
     codec: Codec
     takes_num_rows: bool = False
     takes_out: bool = False
+    takes_empty: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,13 @@ class NormContract:
     Attributes:
         numerics: rounding points of a call with so many rows; paths differ by size.
         residual: a residual is added and the sum comes back.
-        codec: quantiser of the output, or None.
+        codec: quantiser of the output, or None; of a call with one row where ``codecs`` is given.
+        codecs: quantiser of a call with so many rows, where it differs by path (a fused one and its fallback).
         element_output: the output in the element type comes back (also beside a quantised one).
         in_place: ``output`` and ``residual`` come back in the buffers of the inputs.
         ranks_identical: every rank gets the same bits.
-        boundaries: row counts at which the path changes; the suite runs both sides.
+        boundaries: row counts m of which m and m + 1 take different paths; the suite runs both sides.
+        takes_empty: a call with no rows is legal.
     """
 
     numerics: Callable[[int], NormNumerics]
@@ -106,6 +116,12 @@ class NormContract:
     in_place: bool = False
     ranks_identical: bool = True
     boundaries: tuple[int, ...] = ()
+    takes_empty: bool = True
+    codecs: Callable[[int], Codec] | None = None
+
+    def codec_at(self, rows: int) -> Codec | None:
+        """Quantiser of the output of a call with ``rows`` rows, or None."""
+        return self.codecs(rows) if self.codecs is not None else self.codec
 
 
 @dataclass

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from accelerated import reference_rows
 from accelerated.contract import Contract, MaskedSlots, ReceiveLayout, RowOrder, Standing, Support
+from accelerated.operators import NormContract, QuantContract, RowProblem
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +30,19 @@ class ReferenceBackend:
     judged_by = "oracle"
     kernel_types: Sequence[str] = (ONE_LEVEL, NODE_LEVELS)
 
-    def support(self, problem: Problem, kernel_type: str) -> Support:
+    operators = reference_rows.OPERATORS
+    compiled_operators = ("rms_norm_add", "split")
+
+    def support(self, problem: Problem | RowProblem, kernel_type: str) -> Support:
+        if isinstance(problem, RowProblem):
+            return reference_rows.support(problem, kernel_type)
         if kernel_type == ONE_LEVEL and problem.nodes > 1:
             return Support(Standing.REFUSED, "one rounding level has no nodes; use node-levels")
         return Support(Standing.CLAIMED)
 
-    def contract(self, problem: Problem, kernel_type: str) -> Contract:
+    def contract(self, problem: Problem | RowProblem, kernel_type: str) -> Contract | QuantContract | NormContract:
+        if isinstance(problem, RowProblem):
+            return reference_rows.contract(problem, kernel_type)
         return Contract(
             receive_layout=ReceiveLayout.DENSE_ROWS,
             row_order=RowOrder.SOURCE,
@@ -54,7 +63,11 @@ class ReferenceSession:
     def __init__(self, context: RankContext) -> None:
         self._context = context
 
-    def build(self, problem: Problem, kernel_type: str) -> ReferenceOperation:
+    def build(
+        self, problem: Problem | RowProblem, kernel_type: str
+    ) -> ReferenceOperation | reference_rows.ReferenceQuantiser | reference_rows.ReferenceNorm:
+        if isinstance(problem, RowProblem):
+            return reference_rows.build(self._context, problem, kernel_type)
         return ReferenceOperation(self._context, problem, problem.nodes if kernel_type == NODE_LEVELS else 1)
 
     def close(self) -> None:

@@ -17,10 +17,10 @@ from rich.console import Console
 
 from conformance.engine.driver import InfraError
 from conformance.suite import controller
+from conformance.suite.cells import PlannedCell
 from conformance.suite.failure import ConformanceFailure
 from conformance.suite.harness import Harness, MistrustedError
 from conformance.suite.options import add_options, read_options
-from conformance.suite.plan import PlannedCell
 from conformance.suite.records import RecordWriter, read_records
 from conformance.suite.state import RunState
 from conformance.suite.summary import print_summary, total

@@ -110,6 +110,7 @@ class Call(msgspec.Struct, frozen=True):
         scale: of a static quantiser.
         weight: kind of norm weight.
         epsilon: of a norm.
+        into: results go into buffers of ours, which hold what an earlier call of the same shape wrote.
         delays_ms: per rank, slept before the call; () is no delay.
     """
 
@@ -120,6 +121,7 @@ class Call(msgspec.Struct, frozen=True):
     scale: float = 1.0
     weight: Weight = "ones"
     epsilon: float = EPSILONS[0]
+    into: bool = False
     delays_ms: tuple[int, ...] = ()
 
 
@@ -163,10 +165,10 @@ def validate_rows(case: RowCase) -> None:
             raise RowCaseError(f"call {index} has {call.rows} rows and no pattern; give at least one")
         if not -1 <= call.num_rows <= call.rows:
             raise RowCaseError(f"call {index} has num_rows {call.num_rows}; give -1 for none, or 0 to {call.rows}")
-        if not 0.0 < call.scale < 2.0**100 or not 0.0 <= call.epsilon < 1.0:
+        if not 0.0 < call.scale < 2.0**100 or not 2.0**-126 <= call.epsilon < 1.0:
             raise RowCaseError(
                 f"call {index} has scale {call.scale}, epsilon {call.epsilon}; give a positive scale below 2**100 and "
-                f"an epsilon from 0 to 1"
+                f"an epsilon from 2**-126 to 1"
             )
         if call.delays_ms and len(call.delays_ms) != cell.world_size:
             raise RowCaseError(f"call {index} has {len(call.delays_ms)} delays; give one per rank or none")

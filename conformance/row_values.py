@@ -6,19 +6,27 @@ here, on integers, so that no device's cast decides what the input is. What thes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from accelerated.operators import NormContract, QuantContract
 from conformance.row_cases import Call, Pattern, RowCell
+from reference.formats import Format
 
 Array = npt.NDArray[np.float32]
+Values = npt.NDArray[Any]
 
 #: Largest exponent of "huge" values, by element type.
 _TOP = {"bfloat16": 127, "float16": 15, "float32": 127}
 #: Squares of so many as a row holds, summed over ranks, stay finite in float32.
 NORM_TOP = 50
+#: So many rows of a call differ; a prime, so that no tile of a kernel sees the same ones again.
+DISTINCT = 4093
 _SUBNORMAL = {"bfloat16": 2.0**-133, "float16": 2.0**-24, "float32": 2.0**-149}
 _STEP = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
 
@@ -44,11 +52,31 @@ class Shape:
     top: int = NORM_TOP
 
 
+def shape_of(cell: RowCell, contract: QuantContract | NormContract) -> Shape:
+    """What the rows of a cell depend on."""
+    codec = contract.codec
+    quantises = isinstance(contract, QuantContract)
+    plain = Shape(cell.hidden, cell.dtype, top=_TOP[cell.dtype] if quantises else NORM_TOP)
+    if codec is None:
+        return plain
+    codes = [_decoded(code, codec.payload) for code in range(codec.payload.max_code + 1)]
+    middles = tuple((low + high) / 2 for low, high in pairwise(codes) if high <= codec.maximum)
+    return replace(plain, group=codec.group or cell.hidden, maximum=codec.maximum, midpoints=middles)
+
+
+def _decoded(code: int, of: Format) -> float:
+    """Value of a positive code."""
+    exponent, mantissa = divmod(code, 1 << of.mantissa_bits)
+    significand = mantissa + (1 << of.mantissa_bits if exponent else 0)
+    return math.ldexp(float(significand), max(exponent, 1) - of.bias - of.mantissa_bits)
+
+
 def rows_of(call: Call, cell: RowCell, shape: Shape, rank: int, *, residual: bool = False) -> Array:
-    """``[M, N]`` float32 values that the element type holds exactly."""
+    """``[min(M, DISTINCT), N]`` float32 values that the element type holds exactly; row i is row ``i % DISTINCT``."""
     patterns = call.residual if residual else call.patterns
-    rows = np.zeros((call.rows, cell.hidden), dtype=np.float32)
-    for index in range(call.rows):
+    distinct = min(call.rows, DISTINCT)
+    rows = np.zeros((distinct, cell.hidden), dtype=np.float32)
+    for index in range(distinct):
         rows[index] = row_of(patterns[index % len(patterns)], index, shape, rank + (1 << 16 if residual else 0))
     return rows
 
@@ -82,11 +110,12 @@ def round_values(values: npt.NDArray[np.floating], dtype: str) -> Array:
         return single
     bits = single.view(np.uint32).astype(np.uint64)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
-    return np.where(np.isnan(single), single, rounded)
+    kept: Array = np.where(np.isnan(single), single, rounded)
+    return kept
 
 
 def _largest(shape: Shape) -> float:
-    return 2.0 ** (min(shape.top, _TOP[shape.dtype]) + 0.99)
+    return math.pow(2.0, min(shape.top, _TOP[shape.dtype]) + 0.99)
 
 
 def _generator(pattern: Pattern, index: int, rank: int) -> np.random.Generator:
@@ -96,17 +125,17 @@ def _generator(pattern: Pattern, index: int, rank: int) -> np.random.Generator:
     )
 
 
-def _normal(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+def _normal(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
     return _generator(pattern, index, rank).standard_normal(shape.hidden)
 
 
-def _one_hot(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+def _one_hot(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
     row = np.zeros(shape.hidden)
     row[(pattern.position + index + rank) % shape.hidden] = 1.5
     return row
 
 
-def _integers(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+def _integers(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
     return _generator(pattern, index, rank).integers(-8, 9, shape.hidden).astype(np.float64)
 
 
@@ -115,25 +144,26 @@ def _blocks(shape: Shape) -> npt.NDArray[np.int64]:
     return np.arange(shape.hidden) // shape.group
 
 
-def _block_scaled(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+def _block_scaled(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
     return np.ldexp(_normal(pattern, index, shape, rank), (_blocks(shape) * 7 + index) % 25 - 12)
 
 
-def _zero_group(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+def _zero_group(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
     blocks = _blocks(shape)
     return np.where(blocks == pattern.position % (int(blocks[-1]) + 1), 0.0, _normal(pattern, index, shape, rank))
 
 
-def _powers(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+def _powers(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
     """Powers of two and their neighbours, the largest of each group among them."""
     generator = _generator(pattern, index, rank)
     step = _STEP[shape.dtype]
     mantissa = generator.choice([1.0, 1 + step, 1 - step / 2], shape.hidden)
     exponent = generator.integers(-9, 1, shape.hidden) + _blocks(shape) % 3
-    return np.ldexp(mantissa * generator.choice([-1.0, 1.0], shape.hidden), exponent)
+    made: Values = np.ldexp(mantissa * generator.choice([-1.0, 1.0], shape.hidden), exponent)
+    return made
 
 
-def _ties(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+def _ties(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
     """Midpoints of the codes, and in each group one element that makes its scale a power of two."""
     column = np.arange(shape.hidden)
     midpoints = np.array(shape.midpoints)[(column + index + pattern.seed) % len(shape.midpoints)]
@@ -141,29 +171,31 @@ def _ties(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[
     return np.where(column % shape.group == pattern.position % min(shape.group, shape.hidden), shape.maximum, signed)
 
 
-def _wide(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+def _wide(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
     generator = _generator(pattern, index, rank)
-    return np.ldexp(generator.standard_normal(shape.hidden), generator.integers(-20, 21, shape.hidden))
+    made: Values = np.ldexp(generator.standard_normal(shape.hidden), generator.integers(-20, 21, shape.hidden))
+    return made
 
 
-def _huge(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+def _huge(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
     generator = _generator(pattern, index, rank)
     signs = generator.choice([-1.0, 1.0], shape.hidden)
-    return np.ldexp(generator.uniform(0.5, 0.99, shape.hidden) * signs, min(shape.top, _TOP[shape.dtype]) + 1)
+    made: Values = np.ldexp(generator.uniform(0.5, 0.99, shape.hidden) * signs, min(shape.top, _TOP[shape.dtype]) + 1)
+    return made
 
 
-def _subnormal(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+def _subnormal(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
     integers = _generator(pattern, index, rank).integers(-127, 128, shape.hidden)
     return integers * _SUBNORMAL[shape.dtype]
 
 
-def _with(value: float, pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+def _with(value: float, pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
     row = _normal(pattern, index, shape, rank)
     row[pattern.position % shape.hidden] = value
     return row
 
 
-def _every_code(pattern: Pattern, index: int, shape: Shape, rank: int) -> npt.NDArray[np.float64]:
+def _every_code(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
     """Every bit pattern of 16 bits in turn, row after row; zero for NaN and infinities."""
     codes = (np.arange(shape.hidden) + shape.hidden * (index + pattern.position)) % (1 << 16)
     if shape.dtype == "float16":

@@ -7,8 +7,8 @@ global-to-physical table shows. A pass proves nothing about placements with redu
 
 from __future__ import annotations
 
+from conformance.suite.cells import PlannedCell
 from conformance.suite.harness import Harness
-from conformance.suite.plan import PlannedCell
 
 CHECK = "placement"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from conformance.cases import Case
+from conformance.suite.cells import PlannedCell
 from conformance.suite.harness import Harness
-from conformance.suite.plan import PlannedCell
 
 
 def test_replay(recorded: tuple[Path, Case, PlannedCell], harness: Harness) -> None:

@@ -7,8 +7,8 @@ a pass here proves nothing about back-to-back rounds.
 
 from __future__ import annotations
 
+from conformance.suite.cells import PlannedCell
 from conformance.suite.harness import Harness
-from conformance.suite.plan import PlannedCell
 
 CHECK = "round_trip"
 

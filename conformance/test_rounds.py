@@ -7,8 +7,8 @@ such faults by the number of rounds that ran, no further.
 
 from __future__ import annotations
 
+from conformance.suite.cells import PlannedCell
 from conformance.suite.harness import Harness
-from conformance.suite.plan import PlannedCell
 
 CHECK = "rounds"
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from conformance.cases import Case, Cell
+from conformance.cases import AnyCase, AnyCell
 from conformance.engine.pool import Pool, PoolKey, PoolStartError, Progress, Reply, signal_name
 from conformance.engine.protocol import Answer, Build, Canary, Mismatch, Run
 from conformance.rank.main import BACKEND_PHASE
@@ -94,7 +94,7 @@ class Driver:
         self._environment = tuple(environment)
         self.limits = limits or Limits()
         self._pool: Pool | None = None
-        self._cell: Cell | None = None
+        self._cell: AnyCell | None = None
         self._durations: list[float] = []
         #: Positions of the GPUs that the caller leased; set before a case runs.
         self.devices: tuple[int, ...] = ()
@@ -120,7 +120,7 @@ class Driver:
             self.restarts += 1
             _guard(pool.kill)
 
-    def _ready_pool(self, cell: Cell) -> Outcome | None:
+    def _ready_pool(self, cell: AnyCell) -> Outcome | None:
         """Have a pool with the cell's operator; the outcome of the attempt if it failed."""
         key = PoolKey(cell.world_size, self.backend, self._arch, self._device, self._environment, self.devices)
         if self._pool is not None and self._pool.key != key:
@@ -158,7 +158,7 @@ class Driver:
         """Seconds after which a case is too slow to be a slow pass, from the passed cases of this driver."""
         return self.limits.factor * statistics.median(self._durations[-50:]) if self._durations else 0.0
 
-    def run(self, case: Case, *, limit_s: float | None = None, stacks: bool = True) -> Outcome:
+    def run(self, case: AnyCase, *, limit_s: float | None = None, stacks: bool = True) -> Outcome:
         """Run a case once and say what happened; without ``stacks``, silent ranks are not asked where they are.
 
         Raises:
@@ -258,6 +258,19 @@ _CHECK_ORDER = (
     "dispatch.order",
     "combine.output",
     "combine.weights",
+    "quantise.layout",
+    "quantise.scales",
+    "quantise.codes",
+    "quantise.dequantised",
+    "norm.residual",
+    "norm.output",
+    "norm.bias",
+    "norm.scales",
+    "norm.codes",
+    "norm.ranks",
+    "compiled.layout",
+    "outputs.overwritten",
+    "outputs.guard",
     "inputs.modified",
 )
 
@@ -265,7 +278,7 @@ _CHECK_ORDER = (
 #: Phases in which no backend code of the case has run yet.
 _OUR_PHASES = ("inputs", "expected")
 #: Phases of a round in their order; a rank that is behind holds the others up.
-_PHASES = ("prepare", "source map", "experts", "finalize", "judge")
+_PHASES = ("prepare", "source map", "experts", "call", "finalize", "judge")
 
 
 def _progress(phase: str) -> tuple[int, int]:

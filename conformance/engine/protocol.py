@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from conformance.cases import Case, Cell
+from conformance.cases import AnyCase, AnyCell
 
 
 class Mismatch(msgspec.Struct):
@@ -53,7 +53,7 @@ class Build(msgspec.Struct, tag="build"):
     """Close the operator if there is one and build the cell's."""
 
     sequence: int
-    cell: Cell
+    cell: AnyCell
     limit_s: float
 
 
@@ -61,7 +61,7 @@ class Run(msgspec.Struct, tag="run"):
     """Run one case on the operator."""
 
     sequence: int
-    case: Case
+    case: AnyCase
     limit_s: float
 
 

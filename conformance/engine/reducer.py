@@ -12,12 +12,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from conformance.cases import Case
-from conformance.engine import steps
+from conformance.engine import row_steps, steps
+from conformance.row_cases import RowCase
 
+C = TypeVar("C", bound="Case | RowCase")
 Fails = Callable[[Case], bool]
 
 #: The first sweep over the tokens stops at this fraction of them; the rest waits until every row costs less to try.
@@ -27,10 +30,10 @@ _ALONE = 12
 
 
 @dataclass
-class Reduction:
+class Reduction(Generic[C]):
     """The smallest case found, how many candidates were tried, and whether the budget ended the search."""
 
-    case: Case
+    case: C
     tried: int
     exhausted: bool
 
@@ -39,35 +42,43 @@ class _Budget(Exception):
     """The reduction's time or candidate budget is spent."""
 
 
-class Reducer:
-    """Greedy reduction with a budget of seconds and candidates.
+class Search(Generic[C]):
+    """Greedy search for a smaller failing case, with a budget of seconds and candidates.
 
-    Every accepted candidate is smaller by :func:`conformance.engine.steps.size`, so the search ends by itself.
+    Every accepted candidate is smaller by ``size``, so the search ends by itself.
     """
 
-    def __init__(self, fails: Fails, allowed: Callable[[Case], bool], budget_s: float, candidates: int = 2000) -> None:
-        self._fails, self._allowed = fails, allowed
+    def __init__(
+        self,
+        size: Callable[[C], tuple[Any, ...]],
+        fails: Callable[[C], bool],
+        allowed: Callable[[C], bool],
+        budget_s: float,
+        candidates: int = 2000,
+    ) -> None:
+        self._measure, self._fails, self._allowed = size, fails, allowed
         self._deadline = time.monotonic() + budget_s
         self._candidates = candidates
         self._seen: set[str] = set()
         self.tried = 0
 
-    def reduce(self, case: Case) -> Reduction:
+    def reduce(self, case: C) -> Reduction[C]:
         """Smallest case reached from ``case``, which is known to fail."""
-        # Recipe and rows mean the same input, so the explicit form needs no run of its own.
-        self._best = steps.explicit(case)
-        self._size = steps.size(self._best)
+        self._best = case
+        self._size = self._measure(case)
         try:
-            self._narrow()
-            while self._sweep() or self._narrow():
-                pass
+            self._search()
         except _Budget:
             return Reduction(self._best, self.tried, exhausted=True)
         return Reduction(self._best, self.tried, exhausted=False)
 
-    def _try(self, candidate: Case) -> bool:
+    def _search(self) -> None:
+        """Try candidates until none fails."""
+        raise NotImplementedError
+
+    def _try(self, candidate: C) -> bool:
         """Whether a candidate is smaller, allowed, new, and fails; it is the best one then."""
-        size = steps.size(candidate)
+        size = self._measure(candidate)
         if size >= self._size:
             return False
         identity = candidate.id
@@ -82,11 +93,11 @@ class Reducer:
         self._best, self._size = candidate, size
         return True
 
-    def _first(self, candidates: Iterable[Case]) -> bool:
+    def _first(self, candidates: Iterable[C]) -> bool:
         """Take the first candidate that fails."""
         return any(self._try(candidate) for candidate in candidates)
 
-    def _descend(self, make: Callable[[Case], Iterable[Case]]) -> None:
+    def _descend(self, make: Callable[[C], Iterable[C]]) -> None:
         """Take candidates until none of the best case's fails; after a success go on from there, then start over."""
         position = 0
         while True:
@@ -98,6 +109,43 @@ class Reducer:
                 if position == 0:
                     return
                 position = 0
+
+
+class RowReducer(Search[RowCase]):
+    """Reduction of a row operator's case."""
+
+    def __init__(
+        self,
+        fails: Callable[[RowCase], bool],
+        allowed: Callable[[RowCase], bool],
+        budget_s: float,
+        candidates: int = 2000,
+    ) -> None:
+        super().__init__(row_steps.size, fails, allowed, budget_s, candidates)
+
+    def _search(self) -> None:
+        before = None
+        while before is not self._best:
+            before = self._best
+            for make in row_steps.STEPS:
+                self._descend(make)
+
+
+class Reducer(Search[Case]):
+    """Reduction of a dispatch/combine case."""
+
+    def __init__(self, fails: Fails, allowed: Callable[[Case], bool], budget_s: float, candidates: int = 2000) -> None:
+        super().__init__(steps.size, fails, allowed, budget_s, candidates)
+
+    def reduce(self, case: Case) -> Reduction[Case]:
+        """Smallest case reached from ``case``, which is known to fail."""
+        # Recipe and rows mean the same input, so the explicit form needs no run of its own.
+        return super().reduce(steps.explicit(case))
+
+    def _search(self) -> None:
+        self._narrow()
+        while self._sweep() or self._narrow():
+            pass
 
     # ------------------------------------------------------------------ the order of the search
     def _narrow(self) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from conformance.cases import Mode, Rows
+from conformance.cases import Rows
 from conformance.faults.backends import backend_name
+from conformance.row_cases import Mode
 from conformance.verdicts import Verdict
 
 _NODE_LEVELS = ("InterNodeV1", "InterNodeV1LL")

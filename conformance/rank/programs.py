@@ -10,7 +10,6 @@ back-to-back rounds are safe; that is what free-running is for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -29,13 +28,13 @@ from conformance.rank.judge import (
     judge_inputs,
     judge_weights,
 )
+from conformance.rank.phases import SetPhase
 from conformance.rank.routing import wire_rows
 from reference import dispatch_combine, oracle
 from reference.bounds import combine_acceptance
 from reference.intervals import Interval
 
 Expectation = tuple[ExpectedRows, ExpectedResult]
-SetPhase = Callable[[str, int], None]
 
 
 def _grid(case: Case, index: int) -> float | None:

@@ -12,17 +12,22 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from accelerated.contract import exchange
 from accelerated.interface import Combined, Operation, RankContext, Received
+from accelerated.operators import NormContract, NormOperation, NormResult, QuantContract, QuantOperation, QuantResult
 from accelerated.registry import backend
-from conformance.cases import Case, Cell
+from conformance.cases import AnyCase, AnyCell, Case
 from conformance.engine.protocol import Mismatch
 from conformance.rank.experts import LocalExperts
 from conformance.rank.main import RankSetup
 from conformance.rank.programs import Program
+from conformance.rank.row_programs import RowProgram
+from conformance.row_cases import RowCase, RowCell
 
 
 class BackendError(Exception):
@@ -77,6 +82,45 @@ class _Guarded:
             self._operation.close()
 
 
+class _GuardedQuantiser:
+    """A quantiser whose exceptions are marked as the backend's."""
+
+    def __init__(self, operation: QuantOperation) -> None:
+        self._operation = operation
+
+    def quantise(
+        self,
+        rows: torch.Tensor,
+        *,
+        scale: torch.Tensor | None = None,
+        num_rows: torch.Tensor | None = None,
+        out: QuantResult | None = None,
+    ) -> QuantResult:
+        with _backend_code():
+            return self._operation.quantise(rows, scale=scale, num_rows=num_rows, out=out)
+
+    def close(self) -> None:
+        with _backend_code():
+            self._operation.close()
+
+
+class _GuardedNorm:
+    """A norm whose exceptions are marked as the backend's."""
+
+    def __init__(self, operation: NormOperation) -> None:
+        self._operation = operation
+
+    def normalise(
+        self, rows: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+    ) -> NormResult:
+        with _backend_code():
+            return self._operation.normalise(rows, residual, weight, epsilon)
+
+    def close(self) -> None:
+        with _backend_code():
+            self._operation.close()
+
+
 def _expect(name: str, got: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Malformed results are the backend's failure and must not trip our own code later.
 
@@ -117,26 +161,41 @@ class RankSession:
         phase("open backend", 0)
         self._backend = backend(setup.backend, arch=setup.arch)
         self._session = self._backend.open(self._context)
-        self._operation: _Guarded | None = None
-        self._program: Program | None = None
+        self._operation: _Guarded | _GuardedQuantiser | _GuardedNorm | None = None
+        self._program: Program | RowProgram | None = None
 
-    def build(self, cell: Cell) -> None:
+    def build(self, cell: AnyCell) -> None:
         """Replace the operator. Collective, in the same order on every rank."""
         self._drop_operation()
         self._phase("build", 0)
         problem = cell.problem()
         contract = self._backend.contract(problem, cell.kernel_type)
         with _backend_code():
-            built = self._session.build(problem, cell.kernel_type)
+            built: Any = self._session.build(problem, cell.kernel_type)
+        if isinstance(cell, RowCell):
+            self._program = self._row_program(cell, built, contract)
+            return
         self._operation = _Guarded(built, cell.hidden, cell.top_k)
         experts = LocalExperts(cell, self._context.rank, self._context.device)
-        self._program = Program(self._context, self._operation, contract, self._backend.judged_by, experts)
+        self._program = Program(self._context, self._operation, exchange(contract), self._backend.judged_by, experts)
 
-    def run(self, case: Case) -> tuple[Mismatch | None, float]:
-        """Run a case on the current operator."""
-        if self._program is None:
-            raise HarnessError("a case was sent before an operator was built")
-        return self._program.run(case, self._phase)
+    def _row_program(self, cell: RowCell, built: Any, contract: object) -> RowProgram:
+        assert isinstance(contract, QuantContract | NormContract)
+        guarded = _GuardedQuantiser(built) if isinstance(contract, QuantContract) else _GuardedNorm(built)
+        self._operation = guarded
+        return RowProgram(self._context, guarded, contract, self._backend.judged_by, cell)
+
+    def run(self, case: AnyCase) -> tuple[Mismatch | None, float]:
+        """Run a case on the current operator.
+
+        Raises:
+            HarnessError: there is none, or it is of the other kind.
+        """
+        if isinstance(self._program, RowProgram) and isinstance(case, RowCase):
+            return self._program.run(case, self._phase)
+        if isinstance(self._program, Program) and isinstance(case, Case):
+            return self._program.run(case, self._phase)
+        raise HarnessError(f"a case of {case.cell.label} was sent to {type(self._program).__name__}")
 
     def canary(self, token: int) -> None:
         """All ranks exchange a number over the process group; a wrong one is an infrastructure failure."""

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
-from accelerated.contract import Contract, MaskedSlots, Standing
 from accelerated.interface import Backend
-from conformance.cases import Case, Explicit
+from conformance.cases import AnyCase
 from conformance.engine.driver import Driver, InfraError, Outcome
-from conformance.engine.reducer import Reducer, Reduction
+from conformance.engine.reducer import Reduction
+from conformance.suite import kinds
 from conformance.suite.failure import Failure
 from conformance.verdicts import Verdict
-from reference.problem import ProblemError
 
 #: Probability with which a candidate that does fail may be taken for one that passes.
 MISS_PROBABILITY = 0.003
@@ -30,7 +29,7 @@ class RunCase(Protocol):
     """Runs a case on a driver and records it."""
 
     def __call__(
-        self, driver: Driver, case: Case, origin: str, *, limit_s: float | None = None, stacks: bool = True
+        self, driver: Driver, case: AnyCase, origin: str, *, limit_s: float | None = None, stacks: bool = True
     ) -> Outcome:
         """Outcome of one run."""
 
@@ -64,7 +63,7 @@ class Analysis:
                 break
         driver.rebuild()
 
-    def _rate(self, driver: Driver, case: Case, outcome: Outcome) -> tuple[int, int]:
+    def _rate(self, driver: Driver, case: AnyCase, outcome: Outcome) -> tuple[int, int]:
         """Failures and runs, the first included.
 
         What always fails is repeated three times; what does not, until it failed twice again or often enough not to.
@@ -78,7 +77,7 @@ class Analysis:
                 break
         return again + 1, repeat + 1
 
-    def _repeat(self, driver: Driver, case: Case, outcome: Outcome) -> Outcome:
+    def _repeat(self, driver: Driver, case: AnyCase, outcome: Outcome) -> Outcome:
         """Run once more; what hung gets the limit of an ordinary case, though the pool is fresh."""
         limit = driver.limits.floor_s if outcome.verdict is Verdict.HANG else None
         return self._run(driver, case, "repeat", limit_s=limit)
@@ -100,10 +99,12 @@ class Analysis:
                 failed, runs = self._rate(driver, failure.minimal, failure.outcome)
         return attempts
 
-    def _search(self, driver: Driver, made: Backend, failure: Failure, attempts: int, budget_s: float) -> Reduction:
+    def _search(
+        self, driver: Driver, made: Backend, failure: Failure, attempts: int, budget_s: float
+    ) -> Reduction[Any]:
         costly = 0
 
-        def fails(candidate: Case) -> bool:
+        def fails(candidate: AnyCase) -> bool:
             nonlocal costly
             driver.rebuild()  # what the candidate before left behind must not make this one fail
             for _ in range(attempts):
@@ -115,10 +116,10 @@ class Analysis:
                     return True
             return False
 
-        def allowed(candidate: Case) -> bool:
-            return costly < driver.limits.hang_budget and _legal(made, candidate)
+        def allowed(candidate: AnyCase) -> bool:
+            return costly < driver.limits.hang_budget and kinds.legal(made, candidate)
 
-        reduction = Reducer(fails, allowed, budget_s).reduce(failure.minimal)
+        reduction = kinds.reduced(failure.minimal, fails, allowed, budget_s)
         reduction.exhausted = reduction.exhausted or costly >= driver.limits.hang_budget
         return reduction
 
@@ -131,23 +132,3 @@ def _attempts(failed: int, runs: int) -> int:
     if failed == runs:
         return 1
     return min(MAX_REPEATS, math.ceil(math.log(MISS_PROBABILITY) / math.log(1 - failed / runs / 2)))
-
-
-def _legal(made: Backend, case: Case) -> bool:
-    """Whether a reduced case is one the generator could have drawn: supported, and masked only where -1 is dropped."""
-    try:
-        problem = case.cell.problem()
-    except ProblemError:
-        return False
-    if made.support(problem, case.cell.kernel_type).standing is Standing.REFUSED:
-        return False
-    contract: Contract = made.contract(problem, case.cell.kernel_type)
-    if contract.masked_slots is MaskedSlots.DROPPED:
-        return True
-    return not any(
-        -1 in row
-        for a_round in case.rounds
-        if isinstance(a_round.routing, Explicit)
-        for rows in a_round.routing.rows
-        for row in rows
-    )

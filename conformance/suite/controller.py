@@ -25,13 +25,16 @@ from accelerated.mori_ep.backend import torch_builds
 from accelerated.mori_ep.contract import resolve
 from accelerated.mori_ep.launch import session_heap_bytes
 from accelerated.mori_ep.library import probe_mori
+from accelerated.operators import operators_of
 from accelerated.registry import BackendError, backend
 from conformance import __version__
-from conformance.cases import Case, CaseError, decode
+from conformance.cases import AnyCase, CaseError, Cell, decode
 from conformance.engine.lease import core_slots
+from conformance.row_cases import RowCase
 from conformance.suite import preflight
+from conformance.suite.cells import Plan, PlannedCell, Unsupported
 from conformance.suite.options import Options, prepare_output
-from conformance.suite.plan import Plan, PlannedCell, Unsupported, make_plan
+from conformance.suite.plan import make_plan
 from conformance.suite.records import RecordWriter, RunRecord
 from conformance.verdicts import ExitCode
 from reference.catalogue import architecture, architectures
@@ -127,7 +130,9 @@ def compile_kernels(options: Options, plan: Plan) -> None:
     if options.device != "cuda" or "mori" not in options.backends:
         return
     arch = architecture(options.arch)
-    cells = [planned.cell for planned in plan.cells if planned.cell.backend == "mori"]
+    cells = [
+        planned.cell for planned in plan.cells if isinstance(planned.cell, Cell) and planned.cell.backend == "mori"
+    ]
     for name in sorted({resolve(cell.kernel_type, cell.problem(), arch) for cell in cells}):
         print(f"ep-conformance: MoRI compiles {name}, which may take minutes", flush=True)
         command = [sys.executable, "-m", "accelerated.mori_ep.warmup", name]
@@ -146,6 +151,7 @@ def plan_of(options: Options) -> Plan:
         tier=options.tier,
         ep_sizes=options.ep_sizes,
         kernel_types=options.kernel_types,
+        operators=options.operators,
         models=options.models,
         only_models=options.only_models,
         device=options.device,
@@ -161,7 +167,7 @@ def plan_of(options: Options) -> Plan:
 
 
 def _check_sizes(options: Options, plan: Plan) -> None:
-    """Whether every backend under test can do the EP sizes that the user gave; of the default ones, any will do.
+    """Whether a backend under test can do the EP sizes that the user gave; of the default ones, any will do.
 
     Raises:
         pytest.UsageError: it cannot.
@@ -170,25 +176,25 @@ def _check_sizes(options: Options, plan: Plan) -> None:
     for refused in plan.unsupported:
         # One node is asked first, and is what the user thinks of.
         unable.setdefault((refused.backend, refused.world_size), refused.reason)
-    for name in options.backends:
-        able = {p.cell.world_size for p in plan.cells if p.cell.backend == name}
-        missing = [size for size in options.ep_sizes if size not in able]
-        if missing and (options.ep_sizes_given or not able):
-            reason = unable.get((name, missing[0]), "it offers no such cell")
-            raise pytest.UsageError(f"backend {name!r} cannot do EP {missing[0]}: {reason}; give another --ep-sizes")
+    able = {p.cell.world_size for p in plan.cells if p.cell.backend in options.backends}
+    missing = [size for size in options.ep_sizes if size not in able]
+    if missing and (options.ep_sizes_given or not able):
+        name = next((n for n in options.backends if (n, missing[0]) in unable), options.backends[0])
+        reason = unable.get((name, missing[0]), "it offers no such cell")
+        raise pytest.UsageError(f"backend {name!r} cannot do EP {missing[0]}: {reason}; give another --ep-sizes")
 
 
 def replayed_cases(
-    options: Options, subject: str, gpus: int | None = None
-) -> tuple[list[tuple[Path, Case]], tuple[Unsupported, ...]]:
+    options: Options, subjects: Sequence[str], gpus: int | None = None
+) -> tuple[list[tuple[Path, AnyCase]], tuple[Unsupported, ...]]:
     """Recorded cases to run: the named files and directories, or the corpus and every stored failure.
 
-    A case of the corpus belongs to no backend: it runs on the one under test. What was not named as a file and cannot
-    run here is left out and told.
+    A case of the corpus belongs to no backend: it runs on the first one under test that takes it. What was not named as
+    a file and cannot run here is left out and told.
 
     Args:
         options: options of the run.
-        subject: backend that the corpus runs on.
+        subjects: backends that the corpus runs on.
         gpus: number of visible GPUs; None if the ranks run on the CPU or it is not known yet.
 
     Raises:
@@ -204,7 +210,7 @@ def replayed_cases(
         except CaseError as error:
             raise pytest.UsageError(str(error)) from error
         if CORPUS in path.parents:
-            case = msgspec.structs.replace(case, cell=msgspec.structs.replace(case.cell, backend=subject))
+            case = _rebound(case, subjects, options)
         reason = _refusal(case, options, gpus)
         if not reason:
             found.append((path, case))
@@ -221,6 +227,18 @@ def replayed_cases(
             reason = f"no *.json in {places}"
         raise pytest.UsageError(f"nothing to replay: {reason}; name a case.json of this backend with --replay")
     return found, tuple(left_out)
+
+
+def _rebound(case: AnyCase, subjects: Sequence[str], options: Options) -> AnyCase:
+    """The case on the first backend that takes it, or on the first."""
+    on = [_on(case, name) for name in subjects]
+    return next((one for one in on if not _refusal(one, options, None)), on[0])
+
+
+def _on(case: AnyCase, name: str) -> AnyCase:
+    if isinstance(case, RowCase):
+        return msgspec.structs.replace(case, cell=msgspec.structs.replace(case.cell, backend=name))
+    return msgspec.structs.replace(case, cell=msgspec.structs.replace(case.cell, backend=name))
 
 
 def _replay_files(options: Options) -> list[Path]:
@@ -258,15 +276,24 @@ def open_run(
             unsupported=tuple(msgspec.to_builtins(vars(u)) for u in unsupported),
             unclaimed=tuple(p.cell.label for p in selected if not p.claimed),
             yardsticks=tuple(p.cell.label for p in selected if is_yardstick(p, options)),
+            caveats=_caveats(names, options),
         )
     )
     writer.close()
 
 
+def _caveats(names: Sequence[str], options: Options) -> tuple[str, ...]:
+    """What backends say about their own results off their hardware."""
+    if options.device != "cpu":
+        return ()
+    said = ((name, str(getattr(backend(name, options.arch), "caveat", ""))) for name in names)
+    return tuple(f"{name}: {text}" for name, text in said if text)
+
+
 def fingerprint(gpus: Sequence[str] = ()) -> dict[str, str]:
     """Versions, machine and environment, for every run's opening record."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "kernel": platform.release()}
-    for name in ("torch", "hypothesis", "pytest", "numpy", "amd_mori", "amd-mori-nightly"):
+    for name in ("torch", "hypothesis", "pytest", "numpy", "amd_mori", "amd-mori-nightly", "amd-aiter", "triton"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -274,7 +301,7 @@ def fingerprint(gpus: Sequence[str] = ()) -> dict[str, str]:
     found.update({f"torch.{name}": version for name, version in torch_builds().items() if version})
     found.update({f"gpu{index}": gpu for index, gpu in enumerate(gpus)})
     for name, value in sorted(os.environ.items()):
-        if name.startswith("MORI_") or name in VISIBLE_DEVICES:
+        if name.startswith(("MORI_", "AITER_", "EP_AITER_")) or name in VISIBLE_DEVICES:
             found[name] = value
     return found
 
@@ -293,19 +320,19 @@ def new_run_directory(options: Options) -> Path:
     raise pytest.UsageError(f"{options.records} is full of runs of this second; remove old ones")
 
 
-def planned_for(case: Case) -> PlannedCell:
+def planned_for(case: AnyCase) -> PlannedCell:
     """The planned cell of a replayed case; a recorded failure always gates."""
     return PlannedCell(case.cell, 1, claimed=True)
 
 
-def options_of_replay(options: Options, cases: list[Case]) -> Options:
+def options_of_replay(options: Options, cases: list[AnyCase]) -> Options:
     """Options of a replay: its backends and EP sizes are those of the cases, so the banner tells what really ran."""
     names = tuple(dict.fromkeys(case.cell.backend for case in cases))
     sizes = tuple(sorted({case.cell.world_size for case in cases}))
     return replace(options, backends=names, companions=(), ep_sizes=sizes, ep_sizes_given=True)
 
 
-def _refusal(case: Case, options: Options, gpus: int | None) -> str:
+def _refusal(case: AnyCase, options: Options, gpus: int | None) -> str:
     """Why a recorded case cannot run here; empty if it can."""
     cell = case.cell
     try:
@@ -315,7 +342,8 @@ def _refusal(case: Case, options: Options, gpus: int | None) -> str:
     if options.require_hardware and made.standin:
         return f"--require-hardware refuses the stand-in {cell.backend!r}"
     support = made.support(cell.problem(), cell.kernel_type)
-    offered = (*made.kernel_types, *getattr(made, "aliases", ()))
+    rows = (name for family in operators_of(made).values() for name in family)
+    offered = (*made.kernel_types, *getattr(made, "aliases", ()), *rows)
     if support.standing is Standing.REFUSED or cell.kernel_type not in offered:
         reason = support.reason or f"choose one of {', '.join(made.kernel_types)}"
         return f"backend {cell.backend!r} does not take kernel type {cell.kernel_type!r} with this problem: {reason}"

@@ -11,14 +11,16 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from conformance.cases import Case, Explicit, encode
+from conformance.cases import AnyCase, encode
 from conformance.engine.driver import Outcome
+from conformance.row_cases import RowCase
+from conformance.suite.describe import describe
 from conformance.suite.reproduce import script
+from conformance.suite.reproduce_rows import row_files
 from conformance.verdicts import Verdict
 
 STANDIN_MARK = "STAND-IN: a software double, no AMD hardware was tested"
 DEFAULT_ARCH = "gfx942"
-_SHOWN_TOKENS = 12
 
 
 @dataclass
@@ -27,8 +29,8 @@ class Failure:
 
     backend: str
     standin: bool
-    original: Case
-    minimal: Case
+    original: AnyCase
+    minimal: AnyCase
     outcome: Outcome
     reproduced: bool = False
     failed: int = 1  # of so many runs of the original, the first included
@@ -58,7 +60,7 @@ class Failure:
         lines = [self.headline]
         if self.standin:
             lines.append(STANDIN_MARK)
-        lines += ["", *_describe_case(self.minimal), "", *self.outcome.text.rstrip().splitlines()]
+        lines += ["", *describe(self.minimal), "", *self.outcome.text.rstrip().splitlines()]
         lines += ["", self._history(), ""]
         for rank, stack in sorted(self.outcome.stacks.items()):
             lines += [f"rank {rank}, in {self.outcome.phases.get(rank, 'unknown')}:", *_indent(stack), ""]
@@ -75,8 +77,9 @@ class Failure:
         text = f"failed {self.failed} of {self.repeats} runs of case {self.original.id}"
         if self.minimal != self.original:
             before = self.original.cell.world_size
+            unit = "calls" if isinstance(self.original, RowCase) else "rounds"
             text += (
-                f" ({before} ranks, {len(self.original.rounds)} rounds, {self.original.tokens} tokens); "
+                f" ({before} ranks, {self.original.steps} {unit}, {self.original.tokens} tokens); "
                 f"reduced in {self.tried} candidates"
             )
         if self.exhausted:
@@ -93,7 +96,11 @@ class Failure:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "case.json").write_bytes(encode(self.minimal))
         (self.directory / "original.json").write_bytes(encode(self.original))
-        (self.directory / "reproduce.py").write_text(script(self.minimal, self.device, self.arch))
+        if isinstance(self.minimal, RowCase):
+            for name, content in row_files(self.minimal, self.device, self.arch).items():
+                (self.directory / name).write_bytes(content)
+        else:
+            (self.directory / "reproduce.py").write_text(script(self.minimal, self.device, self.arch))
         for rank, stack in self.outcome.stacks.items():
             (self.directory / f"stack-rank{rank}.txt").write_text(stack)
         (self.directory / "report.txt").write_text(self.report() + "\n")
@@ -117,28 +124,6 @@ def failure_type(failure: Failure) -> type[ConformanceFailure]:
         name = f"{key[0].value}_{key[1].replace('.', '_')}"
         _types[key] = type(name, (ConformanceFailure,), {"__doc__": f"{key[0].value} of {key[1]}."})
     return _types[key]
-
-
-def _describe_case(case: Case) -> list[str]:
-    cell = case.cell
-    lines = [
-        f"case {case.id}: {cell.world_size} ranks on {cell.nodes} node(s), hidden {cell.hidden}, {cell.experts} "
-        f"experts, top-{cell.top_k}, capacity {cell.capacity}, {cell.dtype}, {cell.mode}"
-    ]
-    for index, a_round in enumerate(case.rounds):
-        counts = case.token_counts()[index]
-        delays = f", delays {list(a_round.delays_ms)} ms" if a_round.delays_ms else ""
-        lines.append(
-            f"  round {index}: tokens per rank {list(counts)}, values {a_round.values}, seed {a_round.seed}{delays}"
-        )
-        if not isinstance(a_round.routing, Explicit):
-            lines.append(f"    recipe {a_round.routing.archetype}")
-            continue
-        tokens = [(r, t, row) for r, rows in enumerate(a_round.routing.rows) for t, row in enumerate(rows)]
-        lines += [f"    rank {r}, token {t} -> experts {list(row)}" for r, t, row in tokens[:_SHOWN_TOKENS]]
-        if len(tokens) > _SHOWN_TOKENS:
-            lines.append(f"    and {len(tokens) - _SHOWN_TOKENS} more tokens (see case.json)")
-    return lines
 
 
 def _indent(text: str) -> list[str]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
@@ -23,16 +24,15 @@ from hypothesis.strategies import SearchStrategy
 from accelerated.interface import Backend
 from accelerated.registry import backend
 from conformance import __version__
-from conformance.cases import Case, Cell
+from conformance.cases import AnyCase, AnyCell
 from conformance.engine.driver import Driver, InfraError, Limits, Outcome, StartError
 from conformance.engine.pool import stop_forkserver
-from conformance.generation import cases, strata
-from conformance.suite import coverage
+from conformance.suite import kinds
 from conformance.suite.analysis import Analysis
+from conformance.suite.cells import PlannedCell
 from conformance.suite.draws import isolate_draws
 from conformance.suite.failure import ConformanceFailure, Failure, failure_type
 from conformance.suite.options import Options
-from conformance.suite.plan import PlannedCell
 from conformance.suite.records import BeginRecord, CellRecord, EndRecord, RecordWriter
 from conformance.suite.resources import Resources
 from conformance.suite.summary import YARDSTICK_OFF
@@ -58,7 +58,7 @@ class Harness:
         writer: RecordWriter,
         devices: tuple[str, ...] = (),
         limits: Limits | None = None,
-        following: Callable[[], Cell | None] = lambda: None,
+        following: Callable[[], AnyCell | None] = lambda: None,
     ) -> None:
         self.options = options
         self.following = following  # the cell that this worker runs next, if it is known
@@ -74,7 +74,7 @@ class Harness:
         stop_forkserver()
         self._writer.close()
 
-    def _torn_down(self, cell: Cell, outcome: Outcome) -> None:
+    def _torn_down(self, cell: AnyCell, outcome: Outcome) -> None:
         """Record a pool that did not finalise."""
         made = backend(cell.backend, self.options.arch)
         self._writer.write(
@@ -106,18 +106,16 @@ class Harness:
         contract = made.contract(planned.cell.problem(), planned.cell.kernel_type)
         tally = Tally()
         with self._cell(planned, made, tally):
-            parts = strata(planned.cell, contract, planned.examples)
-            for archetype, examples in parts:
-                strategy = cases(planned.cell, contract, archetype)
-                self._draw(
-                    planned, strategy, examples, archetype, lambda case: self._examine(planned, made, case, tally)
-                )
-            required = coverage.required(planned.cell.world_size, masked=len(parts) > 1)
-            missing = required - tally.classes
+            for case in kinds.fixed_cases(planned.cell, contract):
+                self._examine(planned, made, case, tally)
+            parts = kinds.drawn_parts(planned.cell, contract, planned.examples)
+            for name, examples, strategy in parts:
+                self._draw(planned, strategy, examples, name, lambda case: self._examine(planned, made, case, tally))
+            missing = kinds.required(planned.cell, contract, parts) - tally.classes
             if missing and tally.failure is None:  # a finding ends the drawing early
                 raise MistrustedError(f"no case of {planned.cell.label} has: {', '.join(sorted(missing))}")
 
-    def replay(self, case: Case, planned: PlannedCell) -> None:
+    def replay(self, case: AnyCase, planned: PlannedCell) -> None:
         """Run one recorded case and raise if it fails; it is not reduced again."""
         made = backend(case.cell.backend, self.options.arch)
         tally = Tally()
@@ -183,10 +181,10 @@ class Harness:
     def _draw(
         self,
         planned: PlannedCell,
-        strategy: SearchStrategy[Case],
+        strategy: SearchStrategy[Any],
         examples: int,
         part: str,
-        examine: Callable[[Case], None],
+        examine: Callable[[AnyCase], None],
     ) -> None:
         """Draw the cell's cases. In explore, batches with fresh seeds until the cell's share of the budget is spent."""
         explore = self.options.tier == "explore"
@@ -208,7 +206,7 @@ class Harness:
             @seed(_seed(planned.cell, part, self.options.seed + batch if explore else 0))
             @run_settings
             @given(case=strategy)
-            def one(case: Case) -> None:
+            def one(case: AnyCase) -> None:
                 # Hypothesis asks for a failing case again, and takes one that does not come back for a flake.
                 if raised:
                     raise raised[0]
@@ -224,7 +222,7 @@ class Harness:
 
     # ------------------------------------------------------------------ one case
     def _examine(
-        self, planned: PlannedCell, made: Backend, case: Case, tally: Tally, origin: str = "generated"
+        self, planned: PlannedCell, made: Backend, case: AnyCase, tally: Tally, origin: str = "generated"
     ) -> None:
         if case.id in tally.distinct:
             if tally.failure is not None and case.id == tally.failure.original.id and planned.claimed:
@@ -234,7 +232,7 @@ class Harness:
             return  # an unclaimed cell: one finding is enough
         outcome = self._run(self._driver, case, origin, first=True)
         tally.distinct.add(case.id)
-        tally.classes.update(coverage.classes(case))
+        tally.classes.update(kinds.classes(case))
         tally.worst = max(tally.worst, outcome.ratio)
         if outcome.passed:
             return
@@ -264,7 +262,7 @@ class Harness:
     def _run(
         self,
         driver: Driver,
-        case: Case,
+        case: AnyCase,
         origin: str,
         *,
         limit_s: float | None = None,
@@ -286,7 +284,7 @@ class Harness:
                     min(outcome.ratio, 1e300),
                     outcome.seconds,
                     case.tokens,
-                    coverage.classes(case) if first else (),
+                    kinds.classes(case) if first else (),
                 )
             )
         return outcome
@@ -301,7 +299,7 @@ class MistrustedError(Exception):
     """The data of a cell were too degenerate for its checks to mean anything."""
 
 
-def _seed(cell: Cell, part: str, offset: int) -> int:
+def _seed(cell: AnyCell, part: str, offset: int) -> int:
     """Seed of a cell's draws: a hash of (suite version, cell), so a gate draws the same cases everywhere."""
     text = f"{__version__} {cell.label} {cell.check} {part} {offset}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

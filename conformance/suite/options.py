@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from accelerated.operators import operators_of
 from accelerated.registry import BackendError, backend
 from conformance.suite import preflight
 from conformance.suite.plan import DEFAULT_EP_SIZES
@@ -30,6 +31,7 @@ class Options:
     backends: tuple[str, ...]
     companions: tuple[str, ...]
     kernel_types: tuple[str, ...]
+    operators: tuple[str, ...]
     ep_sizes: tuple[int, ...]
     device: str
     arch: str
@@ -66,14 +68,23 @@ def add_options(parser: pytest.Parser) -> None:
         default=None,
         metavar="NAME",
         help="backend under test: auto, a registered name, or package.module:factory; may be repeated "
-        "(default: auto, which is mori on a ROCm machine and mori-standin elsewhere)",
+        "(default: auto, which is mori and aiter on a ROCm machine, and their stand-ins elsewhere)",
     )
     group.addoption(
         "--kernel-type",
         action="append",
         default=None,
         metavar="TYPE",
-        help="kernel type to keep, MoRI's or vLLM's name; may be repeated (default: all)",
+        help="kernel type to keep, MoRI's or vLLM's name; may be repeated (default: all). Row operators are left out "
+        "unless --operator names some",
+    )
+    group.addoption(
+        "--operator",
+        action="append",
+        default=None,
+        metavar="NAME",
+        help="quantiser, norm or AllReduce + norm to keep; may be repeated (default: all). Kernel types are left out "
+        "unless --kernel-type names some",
     )
     group.addoption("--ep-sizes", default=None, metavar="LIST", help="expert-parallel sizes (default: 1,2,4,8)")
     group.addoption(
@@ -126,24 +137,28 @@ def read_options(config: pytest.Config) -> Options:
     rocm = preflight.is_rocm_machine()
     companions: tuple[str, ...] = ()
     if AUTO in names:
-        real = "mori" if rocm or config.getoption("--require-hardware") else "mori-standin"
-        names = tuple(dict.fromkeys(real if n == AUTO else n for n in names))
+        real = (
+            ("mori", "aiter") if rocm or config.getoption("--require-hardware") else ("mori-standin", "aiter-standin")
+        )
+        names = tuple(dict.fromkeys(made for n in names for made in (real if n == AUTO else (n,))))
         companions = tuple(c for c in COMPANIONS if c not in names)
     arch = config.getoption("--arch") or "gfx942"
     if arch not in architectures():
         raise pytest.UsageError(f"--arch is {arch!r}; choose one of {', '.join(sorted(architectures()))}")
     device = config.getoption("--device")
     if device == "auto":
-        device = "cuda" if "mori" in names else "cpu"
+        device = "cuda" if {"mori", "aiter"} & set(names) else "cpu"
     _check_backends((*names, *companions), arch, bool(config.getoption("--require-hardware")), device)
     kernel_types = tuple(config.getoption("--kernel-type") or ())
-    _check_kernel_types(kernel_types, names, arch)
+    operators = tuple(config.getoption("--operator") or ())
+    _check_kernel_types(kernel_types, operators, names, arch)
     output = Path(config.getoption("--output-dir")).absolute()
     explore_seed = config.getoption("--explore-seed")
     return Options(
         backends=names,
         companions=companions,
         kernel_types=kernel_types,
+        operators=operators,
         ep_sizes=_ep_sizes(config.getoption("--ep-sizes"), tier),
         ep_sizes_given=config.getoption("--ep-sizes") is not None,
         device=device,
@@ -174,11 +189,18 @@ def _check_backends(names: tuple[str, ...], arch: str, require_hardware: bool, d
         raise pytest.UsageError(f"--require-hardware needs --device cuda, not {device}")
 
 
-def _check_kernel_types(kernel_types: tuple[str, ...], names: tuple[str, ...], arch: str) -> None:
+def _check_kernel_types(
+    kernel_types: tuple[str, ...], operators: tuple[str, ...], names: tuple[str, ...], arch: str
+) -> None:
     known: set[str] = set()
+    offered: set[str] = set()
     for name in names:
         made = backend(name, arch)
         known |= {*made.kernel_types, *getattr(made, "aliases", ())}
+        offered |= {operator for family in operators_of(made).values() for operator in family}
+    for operator in operators:
+        if operator not in offered:
+            raise pytest.UsageError(f"--operator is {operator!r}; choose one of {', '.join(sorted(offered)) or 'none'}")
     for kernel_type in kernel_types:
         if kernel_type not in known:
             raise pytest.UsageError(f"--kernel-type is {kernel_type!r}; choose one of {', '.join(sorted(known))}")

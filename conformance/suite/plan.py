@@ -7,13 +7,15 @@ quantised wire formats, graphs, and more than two nodes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from accelerated.contract import Standing
 from accelerated.interface import Backend
-from conformance.cases import Cell, Mode, Placement
+from conformance.cases import Cell, Placement
+from conformance.row_cases import Mode
+from conformance.suite.cells import Plan, PlannedCell, Unsupported
+from conformance.suite.row_plan import row_cells
 from reference.catalogue import ModelShape
 from reference.problem import Problem, ProblemError
 
@@ -91,36 +93,6 @@ EXPLORE = (Slot("soak", PAIRS, "free-running", {2: 8}),)
 DEFAULT_EP_SIZES = {"smoke": (1, 2, 4), "gate": (1, 2, 4, 8), "explore": (1, 2, 4, 8, 16, 32)}
 
 
-@dataclass(frozen=True)
-class PlannedCell:
-    """A cell, its budget of cases, and whether a failure of it gates."""
-
-    cell: Cell
-    examples: int
-    claimed: bool
-    companion: bool = False
-    seconds: float = math.inf  # explore: how long to go on drawing batches
-
-
-@dataclass(frozen=True)
-class Unsupported:
-    """A combination that the backend refuses."""
-
-    backend: str
-    kernel_type: str
-    world_size: int
-    nodes: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a run intends to do."""
-
-    cells: tuple[PlannedCell, ...]
-    unsupported: tuple[Unsupported, ...]
-
-
 def make_plan(
     backends: Sequence[tuple[str, Backend, bool]],
     *,
@@ -129,6 +101,7 @@ def make_plan(
     kernel_types: Sequence[str],
     models: Sequence[ModelShape],
     only_models: bool = False,
+    operators: Sequence[str] = (),
     device: str = "cpu",
 ) -> Plan:
     """Cross backends, kernel types, EP sizes and slots; ask each backend what it supports.
@@ -138,9 +111,10 @@ def make_plan(
             and replays construct the backend from it.
         tier: smoke, gate or explore.
         ep_sizes: EP sizes to plan.
-        kernel_types: kernel types to keep, all if empty.
+        kernel_types: kernel types to keep, all if empty; with some and no operators there are no row operators.
         models: model shapes to spread (gate) or cross (explore).
-        only_models: drop the synthetic geometries.
+        only_models: drop the synthetic geometries, and the row operators with them.
+        operators: row operators to keep, all if empty; with some and no kernel types there is no dispatch/combine.
         device: ``"cuda"`` adds the slots that only a GPU is fast enough for.
     """
     cells: list[PlannedCell] = []
@@ -151,6 +125,17 @@ def make_plan(
         if kernel_types and not companion:
             offered = (*backend.kernel_types, *getattr(backend, "aliases", ()))
             wanted = [k for k in offered if k in kernel_types]
+        if operators and not kernel_types:
+            wanted = []
+        if not only_models and (operators or not kernel_types):
+            found_rows = row_cells(
+                name, backend, companion=companion, tier=tier, ep_sizes=ep_sizes, operators=operators, device=device
+            )
+            for row in found_rows:
+                if isinstance(row, PlannedCell):
+                    cells.append(row)
+                else:
+                    refused[(row.backend, row.kernel_type, row.world_size, row.nodes, row.reason)] = row
         slots: tuple[Slot, ...] = {"smoke": SMOKE}.get(tier, COMPANION if companion else GATE)
         # The oracle works in float64 on the host: production sizes would take it minutes.
         if not companion and tier != "smoke" and backend.judged_by != "oracle":
@@ -174,7 +159,7 @@ def make_plan(
                             if examples:
                                 cells.append(PlannedCell(found[0], examples, found[1], companion))
     # Wide cells first: they take longest, and neighbours of one width share a pool.
-    cells.sort(key=lambda p: (-p.cell.world_size, p.cell.backend, p.cell.kernel_type, p.cell.nodes, p.cell))
+    cells.sort(key=lambda p: (-p.cell.world_size, p.cell.backend, p.cell.kernel_type, p.cell.nodes, p.cell.label))
     return Plan(tuple(cells), tuple(refused.values()))
 
 

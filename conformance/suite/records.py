@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from conformance.cases import Case, Cell
+from conformance.cases import AnyCase, AnyCell
 from conformance.verdicts import Verdict
 
 
@@ -32,6 +32,7 @@ class RunRecord(msgspec.Struct, tag="run"):
     unsupported: tuple[dict[str, Any], ...]
     unclaimed: tuple[str, ...] = ()  # planned cells whose failure is a finding
     yardsticks: tuple[str, ...] = ()  # planned cells by which the others are judged
+    caveats: tuple[str, ...] = ()  # what the results of a backend that is no stand-in do not say on this device
 
 
 class BeginRecord(msgspec.Struct, tag="begin"):
@@ -40,7 +41,7 @@ class BeginRecord(msgspec.Struct, tag="begin"):
     case_id: str
     cell: str
     origin: str  # generated, repeat, reduction, replay
-    case: Case
+    case: AnyCase
 
 
 class EndRecord(msgspec.Struct, tag="end"):
@@ -61,7 +62,7 @@ class CellRecord(msgspec.Struct, tag="cell"):
     """A cell is finished."""
 
     label: str
-    cell: Cell
+    cell: AnyCell
     verdict: Verdict
     standin: bool
     companion: bool

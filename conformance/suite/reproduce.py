@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pprint
 
-from accelerated.contract import ReceiveLayout
+from accelerated.contract import ReceiveLayout, exchange
 from accelerated.registry import backend
 from conformance.cases import Case, expand
 from conformance.rank.routing import wire_rows
@@ -263,7 +263,7 @@ def script(case: Case, device: str = "cpu", arch: str = "gfx942") -> str:
     size = cell.world_size
     physical = [g for r in range(size) for g in range(r, cell.experts, size)]
     sizes = ("world_size", "hidden", "experts", "top_k", "capacity", "dtype", "nodes")
-    contract = backend(cell.backend, arch).contract(cell.problem(), cell.kernel_type)
+    contract = exchange(backend(cell.backend, arch).contract(cell.problem(), cell.kernel_type))
     return _TEMPLATE.format(
         case_id=case.id,
         label=cell.label,

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from conformance.cases import Cell
+from conformance.cases import AnyCell
 from conformance.engine.driver import Driver, Limits, Outcome
 from conformance.engine.lease import core_slots, lease
 from conformance.engine.pool import Progress
 from conformance.suite.options import Options
 
-Teardown = Callable[[Cell, Outcome], None]
+Teardown = Callable[[AnyCell, Outcome], None]
 
 
 class Resources:
@@ -39,13 +39,13 @@ class Resources:
         self._limits = limits or (Limits() if on_cpu else replace(Limits(), hang_budget=3, floor_s=30.0))
         self._progress, self._on_teardown = progress, on_teardown
         self._driver: Driver | None = None
-        self._last: Cell | None = None
+        self._last: AnyCell | None = None
         self._leased = ExitStack()
         self._held: tuple[str, int] | None = None
         self._positions: tuple[int, ...] = ()
 
     @contextmanager
-    def hold(self, cell: Cell, following: Cell | None) -> Iterator[Driver]:
+    def hold(self, cell: AnyCell, following: AnyCell | None) -> Iterator[Driver]:
         """Have the cell's share of the machine for the length of the body."""
         if not self._devices:
             with lease(core_slots(), 1):
@@ -72,7 +72,7 @@ class Resources:
         self._leased.close()
         self._held = None
 
-    def _driver_for(self, cell: Cell) -> Driver:
+    def _driver_for(self, cell: AnyCell) -> Driver:
         if self._driver is None or self._driver.backend != cell.backend:
             if self._driver is not None:
                 self._driver.close()

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from conformance.cases import Cell
+from conformance.cases import AnyCell
 from conformance.suite import controller
+from conformance.suite.cells import Plan, PlannedCell
 from conformance.suite.options import Options
-from conformance.suite.plan import Plan, PlannedCell
 from conformance.suite.summary import Ended
 
 
@@ -27,20 +27,20 @@ class RunState:
     items: tuple[PlannedCell, ...] = ()
     replays: tuple[tuple[Path, Any], ...] = ()
     opened: bool = False
-    following: Cell | None = None  # what this process runs next
+    following: AnyCell | None = None  # what this process runs next
     ended: Ended = field(default_factory=Ended)
     summary: str = ""
-    subject: str = ""  # the backend that the corpus is replayed on
+    corpus_on: tuple[str, ...] = ()  # the backends that the corpus is replayed on
 
     def __post_init__(self) -> None:
         # A replay's backends become those of its cases.
-        self.subject = self.subject or self.options.backends[0]
+        self.corpus_on = self.corpus_on or self.options.backends
 
     def choose_items(self) -> None:
         """Work out what this run consists of."""
         if self.options.tier == "replay":
             gpus = len(self.machine.uuids) if self.options.device == "cuda" and self.machine.uuids else None
-            found, left_out = controller.replayed_cases(self.options, self.subject, gpus)
+            found, left_out = controller.replayed_cases(self.options, self.corpus_on, gpus)
             self.replays = tuple(found)
             self.plan = Plan((), left_out)
             self.options = controller.options_of_replay(self.options, [case for _, case in found])

@@ -148,12 +148,14 @@ def print_summary(totals: Totals, console: Console) -> None:
         console.print(
             Panel(
                 f"A STAND-IN WAS USED: {', '.join(run.standins)}\n"
-                "NO AMD HARDWARE AND NO MoRI WAS TESTED. A pass here says that the suite, the reference and the "
-                "adapter agree with a software double.",
+                "NO AMD HARDWARE WAS TESTED, AND NOTHING OF THE LIBRARIES THEY STAND IN FOR. A pass here says that the "
+                "suite, the reference and the adapters agree with a software double.",
                 title="STAND-IN",
                 style="bold",
             )
         )
+    if run is not None and run.caveats:
+        console.print(Panel("\n".join(run.caveats), title="CAVEAT", style="bold"))
     code = totals.exit_code
     console.print(f"{where}: exit {code.value} ({code.name.lower().replace('_', ' ')})")
 
@@ -205,6 +207,9 @@ def _print_coverage(totals: Totals, console: Console) -> None:
     console.print(
         f"{wide} distinct cases with EP 2 or more, median {middle} tokens; model shapes: {', '.join(shapes) or 'none'}"
     )
+    for check in sorted({c.cell.check for c in totals.cells}):
+        own = {end.case_id for end in totals.ends if end.cell in names and names[end.cell].cell.check == check}
+        console.print(f"property {check}: {len(own & seen)} distinct cases")
     console.print("classes hit: " + ", ".join(f"{name} {count}" for name, count in sorted(hits.items())))
 
 

@@ -1,0 +1,8 @@
+"""How a program tells what it is doing; readable even after the rank was killed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+#: Takes the name of a phase and the number of the round or call.
+SetPhase = Callable[[str, int], None]

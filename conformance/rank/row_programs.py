@@ -1,0 +1,298 @@
+"""The program of row operators: quantisers, norms, AllReduce + RMSNorm; drained and free-running.
+
+Inputs of every call are made first. *Drained* synchronises after each call; *free-running* runs every call without
+host sync and without a collective of ours. What every call returned is copied on its stream, and compared with the copy
+after the last call, because an operator may hand out a buffer and write to it again. Judging starts after the last
+call; each rank judges its share of the rows, for the ranks' bits are compared first. What a pass does not prove:
+anything about rows of another length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from accelerated.interface import RankContext
+from accelerated.operators import (
+    Family,
+    NormContract,
+    NormOperation,
+    NormResult,
+    QuantContract,
+    QuantOperation,
+    QuantResult,
+)
+from conformance.engine.protocol import Mismatch
+from conformance.rank.judge_rows import Answered, judge_call
+from conformance.rank.oracle_rows import judge_by_oracle
+from conformance.rank.out_buffers import OutBuffers
+from conformance.rank.phases import SetPhase
+from conformance.row_cases import Call, Pattern, RowCase, RowCell
+from conformance.row_values import DISTINCT, rows_of, shape_of, weight_of
+
+#: What lies in the rows beyond num_rows.
+_POISON = (torch.nan, 1e30)
+
+
+@dataclass
+class RowInputs:
+    """What one rank hands to one call; every tensor in the element type."""
+
+    rows: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    num_rows: torch.Tensor | None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that are there, by name."""
+        return {name: t for name, t in vars(self).items() if t is not None}
+
+    def clone(self) -> RowInputs:
+        held = (self.residual, self.scale, self.num_rows)
+        residual, scale, num_rows = (None if t is None else t.clone() for t in held)
+        return RowInputs(self.rows.clone(), residual, self.weight.clone(), scale, num_rows)
+
+
+class RowProgram:
+    """One cell's operator and contract, ready to run cases."""
+
+    def __init__(
+        self,
+        context: RankContext,
+        operation: QuantOperation | NormOperation,
+        contract: QuantContract | NormContract,
+        judged_by: str,
+        cell: RowCell,
+    ) -> None:
+        self._context, self._operation, self._contract = context, operation, contract
+        self._judged_by, self._cell = judged_by, cell
+        self._shape = shape_of(cell, contract)
+        self._dtype = getattr(torch, cell.dtype)
+        self._compiled = self._compile() if cell.check == "compiled" else None
+
+    def run(self, case: RowCase, phase: SetPhase) -> tuple[Mismatch | None, float]:
+        """Run and judge a case; the first failed check of this rank and the largest error/bound."""
+        phase("inputs", 0)
+        pristine = [self._inputs(call) for call in case.calls]
+        handed = [one.clone() for one in pristine]
+        phase("expected", 0)
+        terms = [self._terms(one.rows) for one in pristine]
+        self._out = self._buffers(case)
+        self._kept: list[dict[str, torch.Tensor]] = []
+        eager = self._eagerly(case, pristine) if case.cell.check == "compiled" else []
+        results = [self._call(index, call, handed[index], phase) for index, call in enumerate(case.calls)]
+        self._synchronise()
+        kept = self._kept
+        phase("judge", 0)
+        worst = 0.0
+        for index, call in enumerate(case.calls):
+            found = results[index]
+            mismatch = self._side_effects(index, handed[index], pristine[index], found, kept[index])
+            mismatch = mismatch or self._differs_between_ranks(index, call, found)
+            if mismatch is None and eager:
+                mismatch = _laid_out_otherwise(index, found, eager[index])
+            if mismatch is None:
+                answered = Answered(
+                    terms=terms[index],
+                    residual=pristine[index].residual,
+                    weight=pristine[index].weight,
+                    epsilon=call.epsilon,
+                    scale=call.scale,
+                    num_rows=call.num_rows,
+                    result=found,
+                    share=self._share(),
+                )
+                judge = judge_by_oracle if self._judged_by == "oracle" else judge_call
+                mismatch, ratio = judge(index, answered, self._contract)
+                worst = max(worst, ratio)
+            if mismatch is not None:
+                return mismatch, worst
+        return None, worst
+
+    def _buffers(self, case: RowCase) -> OutBuffers | None:
+        """Buffers for the calls that write to ours."""
+        if not any(call.into for call in case.calls) or self._contract.codec is None:
+            return None
+        return OutBuffers(self._contract.codec, self._context.device)
+
+    def _eagerly(self, case: RowCase, pristine: list[RowInputs]) -> list[NormResult]:
+        """Results of the operator itself, before it is called compiled."""
+        norm: NormOperation = self._operation  # type: ignore[assignment]
+        calls = zip(case.calls, pristine, strict=True)
+        return [norm.normalise(g.rows.clone(), _cloned(g.residual), g.weight, call.epsilon) for call, g in calls]
+
+    def _compile(self) -> Callable[..., NormResult]:
+        """The operator under ``torch.compile``, compiled for the row counts that it specialises on."""
+        norm: NormOperation = self._operation  # type: ignore[assignment]
+        # Inductor needs a compiler on the host; without a GPU the tracing is what is of interest.
+        kind = "inductor" if self._context.device.type == "cuda" else "aot_eager"
+        compiled: Callable[..., NormResult] = torch.compile(norm.normalise, backend=kind, dynamic=True)
+        for rows in (0, 1, self._cell.capacity):
+            call = Call(rows, (Pattern("normal"),), residual=(Pattern("normal"),))
+            given = self._inputs(call)
+            compiled(given.rows, given.residual, given.weight, call.epsilon)
+        return compiled
+
+    # ------------------------------------------------------------------ inputs
+    def _inputs(self, call: Call) -> RowInputs:
+        device = self._context.device
+        rows = self._all_rows(call, self._context.rank)
+        if call.num_rows >= 0:
+            for offset, poison in enumerate(_POISON):
+                rows[call.num_rows + offset :: len(_POISON)] = poison
+        residual = None
+        if isinstance(self._contract, NormContract) and self._contract.residual:
+            # The same on every rank, as in a tensor-parallel layer.
+            residual = self._all_rows(call, 0, residual=True)
+        static = isinstance(self._contract, QuantContract) and self._contract.codec.static
+        return RowInputs(
+            rows,
+            residual,
+            self._tensor(weight_of(call, self._cell)),
+            torch.full((1,), call.scale, dtype=torch.float32, device=device) if static else None,
+            torch.full((1,), call.num_rows, dtype=torch.int32, device=device) if call.num_rows >= 0 else None,
+        )
+
+    def _tensor(self, values: object) -> torch.Tensor:
+        return torch.as_tensor(values).to(self._dtype).to(self._context.device)
+
+    def _all_rows(self, call: Call, rank: int, *, residual: bool = False) -> torch.Tensor:
+        distinct = self._tensor(rows_of(call, self._cell, self._shape, rank, residual=residual))
+        if call.rows <= DISTINCT:
+            return distinct
+        return distinct[torch.arange(call.rows, device=distinct.device) % DISTINCT]
+
+    def _terms(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[W, M, N]``: the rows of every rank."""
+        if self._cell.world_size == 1:
+            return rows.unsqueeze(0)
+        terms = rows.new_empty(self._cell.world_size, *rows.shape)
+        if rows.numel():
+            dist.all_gather(list(terms), rows, group=self._context.group)
+        return terms
+
+    def _share(self) -> slice:
+        identical = isinstance(self._contract, NormContract) and self._contract.ranks_identical
+        return slice(self._context.rank, None, self._cell.world_size) if identical else slice(None)
+
+    # ------------------------------------------------------------------ the backend
+    def _call(self, index: int, call: Call, given: RowInputs, phase: SetPhase) -> QuantResult | NormResult:
+        if call.delays_ms and call.delays_ms[self._context.rank]:
+            time.sleep(call.delays_ms[self._context.rank] / 1000)
+        phase("call", index)
+        result: QuantResult | NormResult
+        if self._cell.family is Family.QUANTISE:
+            quantiser: QuantOperation = self._operation  # type: ignore[assignment]
+            out = self._out.of(*given.rows.shape) if call.into and self._out is not None else None
+            result = quantiser.quantise(given.rows, scale=given.scale, num_rows=given.num_rows, out=out)
+            if out is not None:
+                # A later call may be given the same buffers.
+                result = QuantResult(_copy(result.codes), _copy(result.scales))
+        else:
+            norm: NormOperation = self._operation  # type: ignore[assignment]
+            normalise = self._compiled or norm.normalise
+            result = normalise(given.rows, given.residual, given.weight, call.epsilon)
+        self._kept.append({name: tensor.clone() for name, tensor in tensors_of(result).items()})
+        if self._cell.mode == "drained":
+            self._synchronise()
+        return result
+
+    def _synchronise(self) -> None:
+        if self._context.device.type == "cuda":
+            torch.cuda.synchronize(self._context.device)
+
+    # ------------------------------------------------------------------ what no model is needed for
+    def _side_effects(
+        self,
+        index: int,
+        handed: RowInputs,
+        pristine: RowInputs,
+        result: QuantResult | NormResult,
+        kept: dict[str, torch.Tensor],
+    ) -> Mismatch | None:
+        """Inputs left alone, results left alone by later calls."""
+        in_place = isinstance(self._contract, NormContract) and self._contract.in_place
+        for name, tensor in handed.tensors().items():
+            if in_place and name in ("rows", "residual"):
+                continue
+            if not _same(tensor, pristine.tensors()[name]):
+                return Mismatch("inputs.modified", index, f"the backend changed its input {name}")
+        if self._out is not None and (where := self._out.damaged()):
+            return Mismatch("outputs.guard", index, f"something was written behind the {where}")
+        for name, tensor in tensors_of(result).items():
+            if not _same(tensor, kept[name]):
+                return Mismatch("outputs.overwritten", index, f"a later call changed the {name} that came back")
+        return None
+
+    def _differs_between_ranks(self, index: int, call: Call, result: QuantResult | NormResult) -> Mismatch | None:
+        """Compare a digest of every result with the other ranks'."""
+        contract = self._contract
+        if not isinstance(contract, NormContract) or not contract.ranks_identical or self._cell.world_size == 1:
+            return None
+        if not call.rows:
+            return None
+        found = tensors_of(result)
+        mine = torch.stack([_digest(found[name]) for name in sorted(found)])
+        everyone = [torch.zeros_like(mine) for _ in range(self._cell.world_size)]
+        dist.all_gather(everyone, mine, group=self._context.group)
+        for rank, other in enumerate(everyone):
+            wrong = (other != everyone[0]).nonzero()
+            if wrong.numel():
+                name = sorted(found)[int(wrong[0])]
+                return Mismatch("norm.ranks", index, f"{name} of rank {rank} and of rank 0 differ", source_rank=rank)
+        return None
+
+
+def tensors_of(result: QuantResult | NormResult) -> dict[str, torch.Tensor]:
+    """Tensors of a result by name."""
+    if isinstance(result, QuantResult):
+        return {"codes": result.codes, "scales": result.scales}
+    found = {"output": result.output, "residual": result.residual}
+    if result.quantised is not None:
+        found |= {"codes": result.quantised.codes, "scales": result.quantised.scales}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _laid_out_otherwise(
+    index: int, compiled: QuantResult | NormResult, eager: QuantResult | NormResult
+) -> Mismatch | None:
+    """Shapes, strides and element types of a compiled operator against the operator's own."""
+    left, right = tensors_of(compiled), tensors_of(eager)
+    if left.keys() != right.keys():
+        return Mismatch(
+            "compiled.layout", index, f"returned {sorted(left)}", got=str(sorted(left)), wanted=str(sorted(right))
+        )
+    for name, tensor in left.items():
+        got, wanted = ((tuple(t.shape), t.stride(), t.dtype) for t in (tensor, right[name]))
+        if got != wanted:
+            return Mismatch("compiled.layout", index, f"{name} is laid out otherwise", got=str(got), wanted=str(wanted))
+    return None
+
+
+def _cloned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.clone()
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides."""
+    return tensor.clone(memory_format=torch.preserve_format)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(_bytes(left), _bytes(right))
+
+
+def _digest(tensor: torch.Tensor) -> torch.Tensor:
+    """A number that depends on every byte and its place: int64 arithmetic wraps around, the same everywhere."""
+    held = _bytes(tensor).long() + 1
+    place = torch.arange(held.numel(), device=held.device)
+    return (held * (place * 0x9E3779B97F4A7C1 + 0x3C6EF372FE94F82B)).sum()

@@ -1,0 +1,67 @@
+"""A case in words, as a report shows it.
+
+What the words leave out: rows beyond the first few; the stored case has them.
+"""
+
+from __future__ import annotations
+
+from accelerated.operators import Family
+from conformance.cases import AnyCase, Case, Explicit
+from conformance.row_cases import Pattern, RowCase
+
+_SHOWN_TOKENS = 12
+
+
+def describe(case: AnyCase) -> list[str]:
+    """Lines that say what the case is."""
+    return _rows(case) if isinstance(case, RowCase) else _exchange(case)
+
+
+def _exchange(case: Case) -> list[str]:
+    cell = case.cell
+    lines = [
+        f"case {case.id}: {cell.world_size} ranks on {cell.nodes} node(s), hidden {cell.hidden}, {cell.experts} "
+        f"experts, top-{cell.top_k}, capacity {cell.capacity}, {cell.dtype}, {cell.mode}"
+    ]
+    for index, a_round in enumerate(case.rounds):
+        counts = case.token_counts()[index]
+        delays = f", delays {list(a_round.delays_ms)} ms" if a_round.delays_ms else ""
+        lines.append(
+            f"  round {index}: tokens per rank {list(counts)}, values {a_round.values}, seed {a_round.seed}{delays}"
+        )
+        if not isinstance(a_round.routing, Explicit):
+            lines.append(f"    recipe {a_round.routing.archetype}")
+            continue
+        tokens = [(r, t, row) for r, rows in enumerate(a_round.routing.rows) for t, row in enumerate(rows)]
+        lines += [f"    rank {r}, token {t} -> experts {list(row)}" for r, t, row in tokens[:_SHOWN_TOKENS]]
+        if len(tokens) > _SHOWN_TOKENS:
+            lines.append(f"    and {len(tokens) - _SHOWN_TOKENS} more tokens (see case.json)")
+    return lines
+
+
+def _rows(case: RowCase) -> list[str]:
+    cell = case.cell
+    lines = [
+        f"case {case.id}: {cell.operator} on {cell.world_size} rank(s), rows of {cell.hidden} {cell.dtype} elements, "
+        f"{cell.mode}"
+    ]
+    for index, call in enumerate(case.calls):
+        details = [f"{call.rows} rows"]
+        if call.num_rows >= 0:
+            details.append(f"num_rows {call.num_rows}")
+        if call.scale != 1.0:
+            details.append(f"scale {call.scale}")
+        if cell.family is not Family.QUANTISE:
+            details.append(f"weight {call.weight}, epsilon {call.epsilon}")
+        if call.into:
+            details.append("into buffers of ours")
+        if any(call.delays_ms):
+            details.append(f"delays {list(call.delays_ms)} ms")
+        lines.append(f"  call {index}: " + ", ".join(details))
+        lines += [f"    rows {_pattern(p)}" for p in call.patterns]
+        lines += [f"    residual {_pattern(p)}" for p in call.residual]
+    return lines
+
+
+def _pattern(pattern: Pattern) -> str:
+    return f"{pattern.kind} x 2**{pattern.exponent}, position {pattern.position}, seed {pattern.seed}"

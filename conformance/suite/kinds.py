@@ -1,0 +1,81 @@
+"""What differs between cases of dispatch/combine and cases of row operators, for the rest of the suite.
+
+Scope: one place that tells the two apart. What it does not decide: anything about a verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hypothesis.strategies import SearchStrategy
+
+from accelerated.contract import MaskedSlots, Standing, exchange
+from accelerated.interface import Backend
+from accelerated.operators import NormContract, QuantContract
+from conformance.cases import AnyCase, AnyCell, Explicit
+from conformance.engine.reducer import Reducer, Reduction, RowReducer
+from conformance.generation import cases, strata
+from conformance.row_cases import RowCase, RowCell
+from conformance.row_generation import RowContract, ladder, row_cases
+from conformance.suite import coverage, row_coverage
+from reference.problem import ProblemError
+
+Part = tuple[str, int, SearchStrategy[Any]]
+
+
+def fixed_cases(cell: AnyCell, contract: object) -> Iterator[AnyCase]:
+    """Cases that every run of a cell begins with."""
+    if isinstance(cell, RowCell):
+        yield from ladder(cell, _row_contract(contract))
+
+
+def drawn_parts(cell: AnyCell, contract: object, examples: int) -> list[Part]:
+    """Parts of a cell's budget: name, cases, strategy."""
+    if isinstance(cell, RowCell):
+        return [("", examples, row_cases(cell, _row_contract(contract)))] if cell.check != "codecs" else []
+    declared = exchange(contract)
+    return [(name, share, cases(cell, declared, name)) for name, share in strata(cell, declared, examples)]
+
+
+def classes(case: AnyCase) -> tuple[str, ...]:
+    """Input classes that a case hits."""
+    return row_coverage.classes(case) if isinstance(case, RowCase) else coverage.classes(case)
+
+
+def required(cell: AnyCell, contract: object, parts: list[Part]) -> frozenset[str]:
+    """Classes without which a cell's checks mean nothing."""
+    if isinstance(cell, RowCell):
+        return row_coverage.required(cell, empty=_row_contract(contract).takes_empty)
+    return coverage.required(cell.world_size, masked=len(parts) > 1)
+
+
+def reduced(
+    case: AnyCase, fails: Callable[[Any], bool], allowed: Callable[[Any], bool], budget_s: float
+) -> Reduction[Any]:
+    """Smallest case that a search from ``case`` finds."""
+    if isinstance(case, RowCase):
+        return RowReducer(fails, allowed, budget_s).reduce(case)
+    return Reducer(fails, allowed, budget_s).reduce(case)
+
+
+def legal(made: Backend, case: AnyCase) -> bool:
+    """Whether a reduced case is one the generator could have drawn: supported, and only what the contract takes."""
+    try:
+        problem = case.cell.problem()
+    except ProblemError:
+        return False
+    if made.support(problem, case.cell.kernel_type).standing is Standing.REFUSED:
+        return False
+    if isinstance(case, RowCase):
+        return True
+    contract = exchange(made.contract(problem, case.cell.kernel_type))
+    if contract.masked_slots is MaskedSlots.DROPPED:
+        return True
+    explicit = (a_round.routing for a_round in case.rounds if isinstance(a_round.routing, Explicit))
+    return not any(-1 in row for routing in explicit for rows in routing.rows for row in rows)
+
+
+def _row_contract(contract: object) -> RowContract:
+    assert isinstance(contract, QuantContract | NormContract)
+    return contract

@@ -1,0 +1,31 @@
+"""Input classes that a case of a row operator hits; a cell without the needed ones is MISTRUSTED.
+
+What a hit class does not prove: that the backend took a different path because of it.
+"""
+
+from __future__ import annotations
+
+from conformance.row_cases import RowCase, RowCell
+
+
+def classes(case: RowCase) -> tuple[str, ...]:
+    """Names of the classes that any call of the case hits."""
+    hit: set[str] = set()
+    for call in case.calls:
+        hit |= {f"rows {p.kind}" for p in call.patterns[: max(call.rows, 0)]}
+        if call.rows == 0:
+            hit.add("no rows")
+        if call.rows == case.cell.capacity:
+            hit.add("rows at capacity")
+        if 0 <= call.num_rows < call.rows:
+            hit.add("rows beyond the count")
+        if any(call.delays_ms):
+            hit.add("delayed rank")
+    return tuple(sorted(hit))
+
+
+def required(cell: RowCell, *, empty: bool) -> frozenset[str]:
+    """Classes without which a cell's checks mean nothing; ``empty`` if calls without rows are legal."""
+    if cell.check == "codecs":
+        return frozenset({"rows every_code"})
+    return frozenset({"rows normal", "rows zero", "rows ties", *(("no rows",) if empty else ())})

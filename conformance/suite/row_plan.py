@@ -1,0 +1,163 @@
+"""Cells of row operators: sizes on both sides of what kernels treat differently, and their budgets.
+
+Every cell begins with its ladder; the budgets here are of drawn cases beyond it. What the plan does not contain: more
+than one node, and rows of real models beyond the hidden sizes below (production sizes run on a GPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from accelerated.contract import Standing
+from accelerated.interface import Backend
+from accelerated.operators import Family, QuantContract, RowProblem, operators_of
+from conformance.row_cases import Mode, RowCell
+from conformance.suite.cells import PlannedCell, Unsupported
+from reference.problem import ProblemError
+
+
+@dataclass(frozen=True)
+class RowSlot:
+    """One line of the plan: a property at a size, with its number of drawn cases per number of ranks."""
+
+    check: str
+    family: Family
+    hidden: int
+    capacity: int
+    examples: dict[int, int]  # ranks -> cases
+    dtype: str = "bfloat16"
+    mode: Mode = "drained"
+
+
+_Q, _N, _A = Family.QUANTISE, Family.NORM, Family.ALLREDUCE_NORM
+
+#: Two groups of 128 and eight of 32; one group, where some kernels change; ragged groups; more rows than a wave.
+GATE = (
+    RowSlot("codecs", _Q, 256, 256, {1: 0}),
+    RowSlot("quantise", _Q, 256, 33, {1: 16}),
+    RowSlot("quantise", _Q, 128, 17, {1: 6}),
+    RowSlot("quantise", _Q, 200, 9, {1: 6}),
+    RowSlot("quantise", _Q, 512, 9, {1: 6}, "float16"),
+    RowSlot("quantise", _Q, 256, 130, {1: 6}, mode="free-running"),
+    RowSlot("norm", _N, 256, 33, {1: 12}),
+    RowSlot("norm", _N, 384, 9, {1: 6}, "float16"),
+    RowSlot("norm", _N, 8200, 3, {1: 2}),
+    RowSlot("norm", _N, 512, 130, {1: 6}, mode="free-running"),
+    RowSlot("allreduce_norm", _A, 512, 1024, {2: 6, 4: 4, 8: 3}),
+    RowSlot("allreduce_norm", _A, 384, 64, {2: 6, 4: 4, 8: 3}),
+    RowSlot("allreduce_norm", _A, 4096, 40, {2: 3, 4: 2, 8: 1}),
+    RowSlot("allreduce_norm", _A, 512, 128, {2: 5, 4: 4, 8: 3}, mode="free-running"),
+    RowSlot("compiled", _N, 256, 9, {1: 2}),
+    RowSlot("compiled", _A, 512, 9, {2: 2}),
+)
+SMOKE = (
+    RowSlot("quantise", _Q, 256, 17, {1: 2}),
+    RowSlot("norm", _N, 256, 9, {1: 2}),
+    RowSlot("allreduce_norm", _A, 512, 33, {2: 2, 4: 1}),
+)
+#: What a backend that is not the subject of the run gets.
+COMPANION = (
+    RowSlot("quantise", _Q, 200, 9, {1: 3}),
+    RowSlot("norm", _N, 256, 9, {1: 3}),
+    RowSlot("allreduce_norm", _A, 512, 33, {2: 3, 4: 2, 8: 1}),
+    RowSlot("compiled", _N, 256, 9, {1: 2}),
+    RowSlot("compiled", _A, 512, 9, {2: 2}),
+)
+#: What a GPU gets on top: production sizes, hidden sizes that fusions have missed, many rows.
+HARDWARE = (
+    RowSlot("quantise", _Q, 7168, 4096, {1: 8}),
+    RowSlot("quantise", _Q, 7168, 512, {1: 8}, mode="free-running"),
+    RowSlot("norm", _N, 2880, 1024, {1: 6}),
+    RowSlot("norm", _N, 7168, 1024, {1: 6}),
+    RowSlot("norm", _N, 8192, 512, {1: 6}),
+    *(RowSlot("allreduce_norm", _A, n, 4096, {2: 6}) for n in (2880, 3584, 6144, 7168, 8192)),
+    RowSlot("allreduce_norm", _A, 7168, 512, {2: 12}, mode="free-running"),
+)
+#: Explore on a GPU: more than 2**31 bytes, and more than 2**31 elements.
+EXPLORE_HARDWARE = (
+    RowSlot("quantise", _Q, 8192, 131_080, {1: 1}),
+    RowSlot("quantise", _Q, 8192, 262_150, {1: 1}),
+    RowSlot("norm", _N, 8192, 131_080, {1: 1}),
+)
+
+
+def row_cells(
+    name: str,
+    backend: Backend,
+    *,
+    companion: bool,
+    tier: str,
+    ep_sizes: Sequence[int],
+    operators: Sequence[str],
+    device: str,
+) -> Iterator[PlannedCell | Unsupported]:
+    """Cells of every operator that a backend offers; a refusal where it takes none of the sizes.
+
+    Args:
+        name: what the registry is asked for.
+        backend: the backend.
+        companion: whether it is not the subject of the run.
+        tier: smoke, gate or explore.
+        ep_sizes: numbers of ranks to plan; local operators run on one whatever they are.
+        operators: names to keep, all if empty.
+        device: ``"cuda"`` adds the slots that only a GPU is fast enough for.
+    """
+    slots: tuple[RowSlot, ...] = {"smoke": SMOKE}.get(tier, COMPANION if companion else GATE)
+    if device == "cuda" and tier != "smoke" and backend.judged_by != "oracle":
+        slots += HARDWARE
+        slots += EXPLORE_HARDWARE if tier == "explore" else ()
+    offered = {Family(family): names for family, names in operators_of(backend).items()}
+    for family, names in offered.items():
+        sizes = [size for size in ep_sizes if size > 1] if family is Family.ALLREDUCE_NORM else [1]
+        for operator in names:
+            if operators and not companion and operator not in operators:
+                continue
+            for world_size in sizes:
+                yield from _operator(name, backend, companion, family, operator, world_size, slots)
+
+
+def _operator(
+    name: str,
+    backend: Backend,
+    companion: bool,
+    family: Family,
+    operator: str,
+    world_size: int,
+    slots: Sequence[RowSlot],
+) -> Iterator[PlannedCell | Unsupported]:
+    planned, reasons = 0, []
+    for slot in slots:
+        if slot.family is not family:
+            continue
+        try:
+            problem = RowProblem(family, world_size, slot.hidden, slot.capacity, slot.dtype)
+        except ProblemError as error:
+            reasons.append(str(error))
+            continue
+        support = backend.support(problem, operator)
+        if support.standing is Standing.REFUSED:
+            reasons.append(support.reason)
+            continue
+        if slot.check == "codecs" and not _is_static(backend.contract(problem, operator)):
+            continue
+        if slot.check == "compiled" and (operator not in _compiled(backend) or world_size not in slot.examples):
+            continue
+        planned += 1
+        cell = RowCell(
+            slot.check, name, operator, family, world_size, slot.hidden, slot.capacity, slot.dtype, slot.mode
+        )
+        examples = slot.examples.get(world_size, min(slot.examples.values()))
+        yield PlannedCell(cell, examples, support.standing is Standing.CLAIMED, companion)
+    if not planned and reasons:
+        yield Unsupported(name, operator, world_size, 1, reasons[0])
+
+
+def _compiled(backend: Backend) -> Sequence[str]:
+    """Operators that users run under ``torch.compile``: those in split form."""
+    found: Sequence[str] = getattr(backend, "compiled_operators", ())
+    return found
+
+
+def _is_static(contract: object) -> bool:
+    return isinstance(contract, QuantContract) and contract.codec.static
