@@ -189,7 +189,7 @@ def judge_dequantised(index: int, rows: torch.Tensor, found: Logical, codec: Cod
 
 # ----------------------------------------------------------------------------------------------------------- norm
 def judge_norm(index: int, answered: Answered, result: NormResult, contract: NormContract) -> Judgement:
-    """Residual out, then the norm, then the norm of the residual that came back, then a quantised output."""
+    """Residual out, then the norm, then the mean signed error of residual out, then a quantised output."""
     terms, dtype = answered.terms, answered.terms.dtype
     shape = terms.shape[1:]
     for name, tensor, promised in (
@@ -228,7 +228,7 @@ def _judge_norm_rows(
         mismatch, ratio = judge_interval(check, index, got, accepted, finite.unsqueeze(1))
         worst = max(worst, ratio)
         if mismatch is not None:
-            return mismatch, worst
+            return placed(mismatch, share, shape[0]), worst
     to_nearest = (numerics.residual_store or numerics.store) is Ties.EVEN
     if to_nearest and result.residual is not None and expected.residual is not None:
         mismatch = judge_bias(index, terms[:, share], residual, result.residual[share], expected.residual, finite)
@@ -251,7 +251,7 @@ def _judge_norm_rows(
         mismatch, ratio = judge_interval(check, index, got, interval, finite.unsqueeze(1) & _sure(interval))
         worst = max(worst, ratio)
         if mismatch is not None:
-            return mismatch, worst
+            return placed(mismatch, share, shape[0]), worst
     return None, worst
 
 
@@ -303,6 +303,12 @@ def judge_interval(check: str, index: int, got: torch.Tensor, accepted: Interval
         bound=f"[{low}, {high}]",
     )
     return mismatch, worst
+
+
+def placed(mismatch: Mismatch, share: slice, rows: int) -> Mismatch:
+    """A mismatch in a share of the rows, with the number of the row among all of them."""
+    mismatch.token = range(rows)[share][mismatch.token]
+    return mismatch
 
 
 def _malformed(index: int, check: str, name: str, tensor: torch.Tensor | None, wanted: str) -> Mismatch:

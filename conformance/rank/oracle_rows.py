@@ -10,7 +10,15 @@ import torch
 
 from accelerated.operators import NormContract, NormResult, QuantContract, QuantResult
 from conformance.engine.protocol import Mismatch
-from conformance.rank.judge_rows import Answered, Judgement, Logical, first_rows, judge_interval, read_quantised
+from conformance.rank.judge_rows import (
+    Answered,
+    Judgement,
+    Logical,
+    first_rows,
+    judge_interval,
+    placed,
+    read_quantised,
+)
 from reference import norm_oracle, quantisation_oracle
 from reference.codecs import Codec
 from reference.intervals import Interval
@@ -34,7 +42,8 @@ def judge_by_oracle(index: int, answered: Answered, contract: QuantContract | No
 def _quantised(index: int, rows: torch.Tensor, found: Logical, codec: Codec, scale: float | None) -> Mismatch | None:
     if not rows.numel():
         return None
-    values, scales = quantisation_oracle.quantise(rows, codec, scale)
+    # On the host, which is no suspect.
+    values, scales = (t.to(rows.device) for t in quantisation_oracle.quantise(rows.cpu(), codec, scale))
     for check, got, wanted in (("quantise.scales", found.scales, scales), ("quantise.codes", found.values, values)):
         mismatch, _ = judge_interval(check, index, got, _point(wanted), ~wanted.isnan())
         if mismatch is not None:
@@ -52,7 +61,10 @@ def _norm(index: int, answered: Answered, result: NormResult, contract: NormCont
         return None, 0.0
     residual = None if answered.residual is None else answered.residual[share]
     numerics = contract.numerics(terms.shape[1])
-    bounds = norm_oracle.expected(terms[:, share], residual, answered.weight, answered.epsilon, numerics, dtype)
+    hosted = None if residual is None else residual.cpu()
+    bounds = norm_oracle.expected(
+        terms[:, share].cpu(), hosted, answered.weight.cpu(), answered.epsilon, numerics, dtype
+    )
     magnitude = terms[:, share].double().abs().sum(0)
     finite = (magnitude < torch.finfo(dtype).max / 2).all(1, keepdim=True)
     worst = 0.0
@@ -63,11 +75,11 @@ def _norm(index: int, answered: Answered, result: NormResult, contract: NormCont
         if accepted is None:
             continue
         assert got is not None
-        interval = Interval(accepted.value, accepted.lower, accepted.upper)
+        interval = Interval(*(end.to(terms.device) for end in (accepted.value, accepted.lower, accepted.upper)))
         mismatch, ratio = judge_interval(check, index, got[share].double(), interval, finite)
         worst = max(worst, ratio)
         if mismatch is not None:
-            return mismatch, worst
+            return placed(mismatch, share, terms.shape[1]), worst
     codec = contract.codec_at(terms.shape[1])
     if codec is None:
         return None, worst
@@ -77,4 +89,5 @@ def _norm(index: int, answered: Answered, result: NormResult, contract: NormCont
     if isinstance(found, Mismatch):
         return found, worst
     mine = Logical(found.codes[share], found.values[share], found.scales[share])
-    return _quantised(index, result.output[share], mine, codec, None), worst
+    mismatch = _quantised(index, result.output[share], mine, codec, None)
+    return None if mismatch is None else placed(mismatch, share, terms.shape[1]), worst

@@ -10,7 +10,7 @@ anything about rows of another length.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +32,10 @@ from conformance.rank.oracle_rows import judge_by_oracle
 from conformance.rank.out_buffers import OutBuffers
 from conformance.rank.phases import SetPhase
 from conformance.row_cases import Call, Pattern, RowCase, RowCell
-from conformance.row_values import DISTINCT, rows_of, shape_of, weight_of
+from conformance.row_values import DISTINCT, poison, rows_of, shape_of, weight_of
 
-#: What lies in the rows beyond num_rows.
-_POISON = (torch.nan, 1e30)
+#: Tensors of a result.
+_NAMES = ("output", "residual", "codes", "scales")
 
 
 @dataclass
@@ -90,10 +90,12 @@ class RowProgram:
         kept = self._kept
         phase("judge", 0)
         worst = 0.0
+        # Before the first verdict: a rank that has one stops there, and the others would wait for it.
+        differing = self._differing_ranks(results)
         for index, call in enumerate(case.calls):
             found = results[index]
             mismatch = self._side_effects(index, handed[index], pristine[index], found, kept[index])
-            mismatch = mismatch or self._differs_between_ranks(index, call, found)
+            mismatch = mismatch or differing.get(index)
             if mismatch is None and eager:
                 mismatch = _laid_out_otherwise(index, found, eager[index])
             if mismatch is None:
@@ -142,9 +144,7 @@ class RowProgram:
     def _inputs(self, call: Call) -> RowInputs:
         device = self._context.device
         rows = self._all_rows(call, self._context.rank)
-        if call.num_rows >= 0:
-            for offset, poison in enumerate(_POISON):
-                rows[call.num_rows + offset :: len(_POISON)] = poison
+        poison(call, rows)
         residual = None
         if isinstance(self._contract, NormContract) and self._contract.residual:
             # The same on every rank, as in a tensor-parallel layer.
@@ -229,23 +229,23 @@ class RowProgram:
                 return Mismatch("outputs.overwritten", index, f"a later call changed the {name} that came back")
         return None
 
-    def _differs_between_ranks(self, index: int, call: Call, result: QuantResult | NormResult) -> Mismatch | None:
-        """Compare a digest of every result with the other ranks'."""
+    def _differing_ranks(self, results: Sequence[QuantResult | NormResult]) -> dict[int, Mismatch]:
+        """By call: which result is not the same on every rank. Compares digests of all of them in one exchange."""
         contract = self._contract
         if not isinstance(contract, NormContract) or not contract.ranks_identical or self._cell.world_size == 1:
-            return None
-        if not call.rows:
-            return None
-        found = tensors_of(result)
-        mine = torch.stack([_digest(found[name]) for name in sorted(found)])
+            return {}
+        mine = torch.zeros(len(results), len(_NAMES), dtype=torch.int64, device=self._context.device)
+        for index, result in enumerate(results):
+            for name, tensor in tensors_of(result).items():
+                mine[index, _NAMES.index(name)] = _digest(tensor)
         everyone = [torch.zeros_like(mine) for _ in range(self._cell.world_size)]
         dist.all_gather(everyone, mine, group=self._context.group)
+        found: dict[int, Mismatch] = {}
         for rank, other in enumerate(everyone):
-            wrong = (other != everyone[0]).nonzero()
-            if wrong.numel():
-                name = sorted(found)[int(wrong[0])]
-                return Mismatch("norm.ranks", index, f"{name} of rank {rank} and of rank 0 differ", source_rank=rank)
-        return None
+            for index, place in (other != everyone[0]).nonzero().tolist():
+                message = f"{_NAMES[place]} of rank {rank} and of rank 0 differ"
+                found.setdefault(index, Mismatch("norm.ranks", index, message, source_rank=rank))
+        return found
 
 
 def tensors_of(result: QuantResult | NormResult) -> dict[str, torch.Tensor]:

@@ -97,7 +97,11 @@ class _GuardedQuantiser:
         out: QuantResult | None = None,
     ) -> QuantResult:
         with _backend_code():
-            return self._operation.quantise(rows, scale=scale, num_rows=num_rows, out=out)
+            result = self._operation.quantise(rows, scale=scale, num_rows=num_rows, out=out)
+            _expect_kind("the quantiser's result", result, QuantResult)
+            _expect_kind("codes", result.codes, torch.Tensor)
+            _expect_kind("scales", result.scales, torch.Tensor)
+            return result
 
     def close(self) -> None:
         with _backend_code():
@@ -114,11 +118,26 @@ class _GuardedNorm:
         self, rows: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float
     ) -> NormResult:
         with _backend_code():
-            return self._operation.normalise(rows, residual, weight, epsilon)
+            result = self._operation.normalise(rows, residual, weight, epsilon)
+            _expect_kind("the norm's result", result, NormResult)
+            _expect_kind("output", result.output, torch.Tensor, optional=True)
+            _expect_kind("residual", result.residual, torch.Tensor, optional=True)
+            _expect_kind("quantised output", result.quantised, QuantResult, optional=True)
+            return result
 
     def close(self) -> None:
         with _backend_code():
             self._operation.close()
+
+
+def _expect_kind(name: str, got: object, kind: type, *, optional: bool = False) -> None:
+    """What is no result at all is the backend's failure, too.
+
+    Raises:
+        TypeError: ``got`` is something else.
+    """
+    if not isinstance(got, kind) and not (optional and got is None):
+        raise TypeError(f"{name} is {type(got).__name__}; the interface asks for {kind.__name__}")
 
 
 def _expect(name: str, got: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
