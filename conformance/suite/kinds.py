@@ -17,7 +17,7 @@ from conformance.cases import AnyCase, AnyCell, Explicit
 from conformance.engine.reducer import Reducer, Reduction, RowReducer
 from conformance.generation import cases, strata
 from conformance.row_cases import RowCase, RowCell
-from conformance.row_generation import RowContract, ladder, row_cases
+from conformance.row_generation import RowContract, ladder, row_cases, takes
 from conformance.suite import coverage, row_coverage
 from reference.problem import ProblemError
 
@@ -68,7 +68,7 @@ def legal(made: Backend, case: AnyCase) -> bool:
     if made.support(problem, case.cell.kernel_type).standing is Standing.REFUSED:
         return False
     if isinstance(case, RowCase):
-        return True
+        return takes(_row_contract(made.contract(problem, case.cell.operator)), case)
     contract = exchange(made.contract(problem, case.cell.kernel_type))
     if contract.masked_slots is MaskedSlots.DROPPED:
         return True

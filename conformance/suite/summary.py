@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from conformance.cases import AnyCell
+from conformance.row_cases import RowCell
 from conformance.suite.records import BeginRecord, CellRecord, EndRecord, Record, RunRecord
 from conformance.verdicts import PRODUCT_FAILURES, ExitCode, Verdict, exit_code
 
@@ -119,19 +121,24 @@ def _count_cut_off(totals: Totals, begun: dict[tuple[str, str], BeginRecord]) ->
 
 
 def _void_what_was_judged_wrongly(totals: Totals) -> None:
-    """Where the yardstick is off, at an EP size, nothing is known of the backends that were judged by it there."""
+    """Where the yardstick is off, nothing is known of what was judged by it: the same subject on as many ranks."""
     off = {
-        c.cell.world_size: c
+        (_subject(c.cell), c.cell.world_size): c
         for c in totals.cells
         if c.companion and c.verdict is Verdict.INFRA and c.reason.startswith(YARDSTICK_OFF)
     }
     for index, record in enumerate(totals.cells):
-        yardstick = off.get(record.cell.world_size)
+        yardstick = off.get((_subject(record.cell), record.cell.world_size))
         if yardstick is None or record.verdict not in PRODUCT_FAILURES:
             continue
         if record.cell.backend != yardstick.cell.backend:
             reason = f"{yardstick.reason} (void: {record.verdict.value} {record.summary or record.reason})"
             totals.cells[index] = msgspec.structs.replace(record, verdict=Verdict.INFRA, reason=reason, summary="")
+
+
+def _subject(cell: AnyCell) -> str:
+    """What part of the reference a cell is judged by."""
+    return cell.family.value if isinstance(cell, RowCell) else "dispatch and combine"
 
 
 def print_summary(totals: Totals, console: Console) -> None:
