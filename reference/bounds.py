@@ -1,38 +1,27 @@
-"""Acceptance intervals of the combine sum, derived from formats and from the declared contract, never chosen by hand.
+"""Acceptance intervals of whole operations, derived from formats and contracts, never chosen by hand.
 
-Model: the contributions of the destination ranks are exact inputs; c of them are added in any order by c - 1 additions
-that round to nearest. All additions but the last change a contribution by at most c - 2 factors (1 + d), |d| <= u, so
-what the last one adds up is off the exact sum by at most gamma(c-2) * sum|term| (Higham, Accuracy and Stability of
-Numerical Algorithms, lemma 3.1 and section 4.2). The last addition and the store only round, and rounding is monotone:
-the interval of results is [round(lowest sum), round(highest sum)], sound for every order; two contributions have one
-result. A sum of two numbers of a format that is subnormal is exact, so no absolute term is needed. Levels compose: the
-stored intervals of one level are the addends of the next.
-What an accepted result does not prove: that the backend sums in the order it declares. Not covered: NaN, infinities,
-overflow, and devices that flush subnormals.
+Scope: the combine sum, and a quantisation followed by the dequantisation; composed from :mod:`reference.sums` and
+:mod:`reference.quantisation`.
+
+Combine: the contributions of the destination ranks are exact inputs, summed in any order in float32 and stored, or with
+a rounding to the element type after every addition. Levels compose: the stored intervals of one level are the addends
+of the next. What an accepted result does not prove: that the backend sums in the order it declares. Not covered: NaN,
+infinities, overflow, and devices that flush subnormals in a combine.
 """
 
 from __future__ import annotations
 
 import torch
 
+from reference.codecs import Codec, ZeroScale
 from reference.intervals import Interval
-from reference.rounding import round_to
+from reference.quantisation import accepted_scales, accepted_values, half_step
+from reference.rounding import format_of
+from reference.scales import amax, expand, to_float32
+from reference.sums import add_up
 
-UNIT_FLOAT32 = 2.0**-24
-UNIT_BFLOAT16 = 2.0**-8
-_FLOAT32_BITS, _BFLOAT16_BITS = 24, 8
-
-
-def gamma(count: torch.Tensor, unit: float) -> torch.Tensor:
-    """Higham's gamma: ``n u / (1 - n u)`` for ``n = count`` rounding errors of relative size ``unit``."""
-    n = count.clamp(min=0).double() * unit
-    return n / (1 - n)
-
-
-def round_up_to_float32(value: torch.Tensor) -> torch.Tensor:
-    """Least float32 that is not below a float64 ``value``."""
-    near = value.float()
-    return torch.where(near.double() < value, torch.nextafter(near, torch.full_like(near, torch.inf)), near)
+#: Twice the unit that a reciprocal may be off: widens a range of scales so far that rounding its ends is monotone.
+_SCALE_MARGIN = 2.0**-22
 
 
 def combine_acceptance(
@@ -63,54 +52,88 @@ def combine_acceptance(
     if nodes > 1 and element_accumulation:
         raise ValueError("node levels are modelled for float32 accumulation only; pass nodes=1")
     world_size, n, hidden = terms.shape
-    addends = terms.double()
-    # Every addition of float32 elements is a float32 addition.
-    if element_accumulation and dtype != torch.float32:
-        return _sum_in_bfloat16(addends, destinations.sum(1, keepdim=True), grid)
+    addends, element = Interval.exact(terms), format_of(dtype)
+    if element_accumulation:
+        # A float32 addition of two numbers of the element type, then a rounding, is one rounding (Figueroa).
+        return add_up(addends, accumulate=element, count=destinations.sum(1, keepdim=True), grid=grid)
     if nodes == 1:
-        addend = Interval(addends, addends, addends)
-        return _sum_in_float32(addend, destinations.sum(1, keepdim=True), dtype, grid)
+        return add_up(addends, count=destinations.sum(1, keepdim=True), grid=grid, stored=element)
     # [ranks of a node, N, n, H] and [N, n, 1]
-    addends = addends.reshape(nodes, world_size // nodes, n, hidden).transpose(0, 1)
-    count = destinations.reshape(n, nodes, world_size // nodes).sum(2).t().unsqueeze(2)
-    partial = _sum_in_float32(Interval(addends, addends, addends), count, dtype, grid)
-    return _sum_in_float32(partial, (count > 0).sum(0), dtype, grid)
+    ranks = world_size // nodes
+    addends = addends.apply(lambda end: end.reshape(nodes, ranks, n, hidden).transpose(0, 1))
+    count = destinations.reshape(n, nodes, ranks).sum(2).t().unsqueeze(2)
+    partial = add_up(addends, count=count, grid=grid, stored=element)
+    return add_up(partial, count=(count > 0).sum(0), grid=grid, stored=element)
 
 
-def _sum_in_float32(addend: Interval, count: torch.Tensor, dtype: torch.dtype, grid: float | None) -> Interval:
-    """Sum over dimension 0, of which ``count`` entries take part, in float32 in any order, stored as ``dtype``."""
-    slack = _slack(addend, count, UNIT_FLOAT32, _FLOAT32_BITS, grid)
+def quantise_dequantise(rows: Interval, codec: Codec, *, scale: float | None = None) -> Interval:
+    """Acceptable values of ``code * scale`` (exact, not stored) after any legal quantiser of ``rows [M, N]``.
 
-    def store(exact_sum: torch.Tensor) -> torch.Tensor:
-        return round_to(exact_sum.float(), dtype).double()
+    Two sound intervals are intersected. A code lies between the codes of both ends of its element, taken with the
+    scales of the least and of the greatest largest magnitude that its group may have: narrow where those agree. And it
+    is off its element by half a step: narrow where they do not.
 
-    return Interval(store(addend.value.sum(0)), store(addend.lower.sum(0) - slack), store(addend.upper.sum(0) + slack))
+    Args:
+        rows: float32 numbers in these intervals.
+        codec: how.
+        scale: of a static codec.
 
+    Returns:
+        Interval of shape ``[M, N]``; unbounded where a group may hold NaN or an infinity.
 
-def _sum_in_bfloat16(terms: torch.Tensor, count: torch.Tensor, grid: float | None) -> Interval:
-    """Sum over dimension 0 with a rounding to bfloat16 after every addition, in any order."""
-    # An addition may be computed in float32 first: two roundings, (1 + u16)(1 + u32) - 1.
-    unit = (1 + UNIT_BFLOAT16) * (1 + UNIT_FLOAT32) - 1
-    slack = _slack(Interval(terms, terms, terms), count, unit, _BFLOAT16_BITS, grid)
-    total = terms.sum(0)
-    # The last addition too may round once or twice; rounding outwards to float32 first covers both.
-    lowest, highest = -round_up_to_float32(slack - total), round_up_to_float32(total + slack)
-    low, value, high = (round_to(x, torch.bfloat16).double() for x in (lowest, total.float(), highest))
-    return Interval(value, low, high)
-
-
-def _slack(addend: Interval, count: torch.Tensor, unit: float, bits: int, grid: float | None) -> torch.Tensor:
-    """How far the operands of the last addition, summed exactly, may be from the exact sum of the addends.
-
-    Zero where every partial sum is exact: at most two addends, or addends that are multiples of ``grid`` with partial
-    sums that fit a significand of ``bits`` bits.
+    Raises:
+        ValueError: a scale for a dynamic codec, or none for a static one.
     """
-    magnitude = torch.maximum(addend.lower.abs(), addend.upper.abs()).sum(0)
-    exact = count <= 2
-    if grid is not None:
-        # The ends of an interval need not be multiples, but sums are monotone and the results between them are.
-        exact = exact | (magnitude <= grid * 2.0**bits)
-    # Float64 errs by less than c * 2**-53 of the magnitude here. From three addends on, the second order of gamma,
-    # (c-2)**2 * 2**-48, is more; the sum of two rounds to float32 as if it were exact (53 bits >= 2 * 24 + 2: Figueroa,
-    # When is double rounding innocuous?, 1995).
-    return torch.where(exact, 0.0, gamma(count - 2, unit) * magnitude)
+    if codec.static != (scale is not None):
+        raise ValueError(f"scale is {scale} with static={codec.static}; a static codec needs one, a dynamic one none")
+    if codec.may_flush:
+        rows = rows.flushed()
+    scales = _static(scale, rows) if scale is not None else _scales(rows, codec)
+    of_element = scales.apply(lambda end: expand(end, codec, *rows.shape))
+    known = of_element.lower.isfinite() & of_element.upper.isfinite() & rows.lower.isfinite() & rows.upper.isfinite()
+    codes = _codes(rows, scales, codec)
+    between = codes * of_element
+    # The step in units of the scale is largest for the least scale; what flushing takes, for the greatest.
+    least = torch.where(of_element.lower > 0, of_element.lower, 1.0)
+    size = rows.abs().upper
+    step = half_step(size, scales.lower, codec) * (of_element.upper / least) * (1 + 2.0**-40)
+    step = torch.maximum(step, half_step(size, scales.upper, codec))
+    step = torch.where(of_element.lower > 0, step, size + codec.maximum * of_element.upper)
+    around = Interval(rows.value, to_float32(rows.lower), to_float32(rows.upper)).widened(absolute=step)
+    lower, upper = torch.maximum(between.lower, around.lower), torch.minimum(between.upper, around.upper)
+    lower, upper = torch.where(known, lower, -torch.inf), torch.where(known, upper, torch.inf)
+    return Interval(torch.where(known, between.value, 0.0), lower, upper)
+
+
+def _static(scale: float, rows: Interval) -> Interval:
+    """The caller's scale, shaped as scales are."""
+    return Interval.exact(to_float32(torch.full((1, 1), scale, dtype=torch.float64, device=rows.value.device)))
+
+
+def _scales(rows: Interval, codec: Codec) -> Interval:
+    """Scales that the groups of ``rows`` may have: every rule is monotone in the largest magnitude."""
+    size = rows.abs()
+    value, least, most = (accepted_scales(end, codec) for end in (size.value, size.lower, size.upper))
+    if rows.is_point:
+        return value
+    lower, upper = torch.minimum(least.lower, most.lower), torch.maximum(least.upper, most.upper)
+    if codec.zero_scale is ZeroScale.ONE:
+        # The exception from monotone: zero has scale one, and what is just above zero a scale just above zero.
+        straddles = (amax(size.lower, codec) == 0) & (amax(size.upper, codec) > 0)
+        lower = torch.where(straddles, 0.0, lower)
+    return Interval(value.value, lower, upper)
+
+
+def _codes(rows: Interval, scales: Interval, codec: Codec) -> Interval:
+    """Decoded codes of ``rows`` with scales from a range."""
+    value = accepted_values(rows.value, scales.value, codec)
+    if rows.is_point and scales.is_point:
+        return value
+    wide = scales.upper > scales.lower
+    ends = (
+        torch.where(wide, scales.lower * (1 - _SCALE_MARGIN), scales.lower),
+        torch.where(wide, scales.upper * (1 + _SCALE_MARGIN), scales.upper),
+    )
+    found = [accepted_values(row, end, codec) for row in (rows.lower, rows.upper) for end in ends]
+    lower = torch.minimum(torch.minimum(found[0].lower, found[1].lower), value.lower)
+    return Interval(value.value, lower, torch.maximum(torch.maximum(found[2].upper, found[3].upper), value.upper))

@@ -106,3 +106,63 @@ def _pairwise(terms: Array, add: Add) -> Array:
         rest = [add(a, b) for a, b in zip(rest[::2], rest[1::2], strict=False)] + rest[len(rest) // 2 * 2 :]
     total: Array = rest[0]
     return total
+
+
+def greedy(terms: Array, add: Add, sign: float) -> Array:
+    """Sum of ``terms [c, ...]`` taking next, each time, the term whose addition errs most towards ``sign``."""
+    total: Array = terms[0].copy()
+    left = np.ones(terms.shape, bool)
+    left[0] = False
+    for _ in range(len(terms) - 1):
+        error = sign * (add(total[None], terms).astype(np.float64) - (total[None].astype(np.float64) + terms))
+        chosen = np.where(left, error, -np.inf).argmax(0)[None]
+        total = add(total, np.take_along_axis(terms, chosen, 0)[0])
+        np.put_along_axis(left, chosen, False, 0)
+    return total
+
+
+def add_float16(left: Array, right: Array) -> Array:
+    """One float16 addition, in float32."""
+    return (left + right).astype(np.float16).astype(np.float32)
+
+
+def flush(value: Array) -> Array:
+    """Float32 ``value`` with subnormals taken for zero."""
+    flushed: Array = np.where(np.abs(value) < 2.0**-126, value * 0, value)
+    return flushed
+
+
+def fused(left: Array, right: Array, addend: Array) -> Array:
+    """One float32 fused multiply-add: the float64 sum is rounded to odd, so that rounding it again is harmless."""
+    product = left.astype(np.float64) * right
+    total = product + addend
+    part = total - product
+    error = (product - (total - part)) + (addend - part)
+    even = total.view(np.int64) & 1 == 0
+    odd = np.where((error != 0) & even, np.nextafter(total, np.copysign(np.inf, error)), total)
+    single: Array = odd.astype(np.float32)
+    return single
+
+
+def sums_of_products(left: Array, right: Array, random: np.random.Generator) -> Iterator[Array]:
+    """Float32 sums of ``left * right`` over dimension 0: rounded products in every order of ours, or fused in four."""
+    yield from orders((left * right).astype(np.float32), add_float32, random)
+    shuffled = random.permutation(len(left))
+    for index in (np.arange(len(left)), np.arange(len(left))[::-1], shuffled):
+        total = (left[index[0]] * right[index[0]]).astype(np.float32)
+        for k in index[1:]:
+            total = fused(left[k], right[k], total)
+        yield total
+    half = (len(left) + 1) // 2
+    parts = [np.zeros_like(left[0]), np.zeros_like(left[0])]
+    for k in range(len(left)):
+        parts[k // half] = fused(left[k], right[k], parts[k // half])
+    yield add_float32(*parts)
+
+
+def bits_of(random: np.random.Generator, shape: tuple[int, ...], low: int = -30, high: int = 31) -> Array:
+    """Float32 of random significands, some of few bits, and exponents from a range."""
+    significand = random.integers(1 << 23, 1 << 24, shape) & -(1 << random.integers(0, 24, shape))
+    value = np.ldexp(significand.astype(np.float64), random.integers(low - 23, high - 23, shape))
+    signed: Array = (value * random.choice([-1.0, 1.0], shape)).astype(np.float32)
+    return signed
