@@ -23,6 +23,9 @@ _BUILT_IN = {
     "allgather": "accelerated.allgather:AllGatherBackend",
     "mori": "accelerated.mori_ep.backend:mori",
     "mori-standin": "accelerated.mori_ep.backend:mori_standin",
+    "aiter": "accelerated.aiter_ops.backend:aiter",
+    "aiter-standin": "accelerated.aiter_ops.backend:aiter_standin",
+    "aiter-triton": "accelerated.aiter_ops.triton_backend:aiter_triton",
 }
 
 #: What a factory has to give: the driver-side half of the interface.

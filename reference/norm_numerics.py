@@ -10,6 +10,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from reference.formats import Ties
+
 
 class SumOrder(enum.Enum):
     """Order of the float32 additions over ranks."""
@@ -24,7 +26,7 @@ class NormInput(enum.Enum):
 
     UNROUNDED = "the float32 sum with the residual"
     ROUNDED = "that sum rounded to the element type, i.e. residual out"
-    EITHER = "one of the two, by path"
+    EITHER = "one of the two, by path or by element"
 
 
 class WeightProduct(enum.Enum):
@@ -54,7 +56,14 @@ class NormNumerics:
         product: order of the two multiplications and whether there is a rounding between them.
         gemma: the weight is ``1 + w``, added in float32.
         quantised_from: what a fused quantiser sees; not looked at without one.
+        store: how float32 is rounded to the element type, residual out included. AITER's gfx942 kernels truncate to
+            bfloat16 (csrc/include/opus/opus.hpp:1219, OPUS_FP32_to_BF16_DEFAULT = 2).
+        residual_store: how residual out is rounded where that differs from ``store``: AITER's two-stage kernels add the
+            residual with the compiler's bfloat16 addition, which rounds to nearest (custom_all_reduce.cuh:2838).
         may_flush: float32 subnormals may be taken for zero.
+        square_additions: most float32 additions that a square passes through on its way into the mean square: those of
+            a thread, then the levels of the tree over threads; 0 is any order, i.e. N - 1. At N = 7,168 any order
+            leaves the root open by 2**-12, three times what a variance over N - 1 is off by.
     """
 
     sum_order: SumOrder = SumOrder.RANK
@@ -63,4 +72,7 @@ class NormNumerics:
     product: WeightProduct = WeightProduct.NORM_FIRST
     gemma: bool = False
     quantised_from: QuantisedFrom = QuantisedFrom.FLOAT32
+    store: Ties = Ties.EVEN
+    residual_store: Ties | None = None
     may_flush: bool = False
+    square_additions: int = 0

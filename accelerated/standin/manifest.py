@@ -95,7 +95,9 @@ def _order(actual: list[str], recorded: list[str], what: str) -> Iterator[str]:
 
 def _default(wanted: dict[str, Any], actual: Any) -> Iterator[str]:
     recorded = wanted.get("default", _ABSENT)
-    if isinstance(recorded, dict):  # a member of an enumeration
+    if isinstance(recorded, dict) and "dtype" in recorded:
+        recorded, actual = recorded["dtype"], actual if actual is _ABSENT else str(actual)
+    elif isinstance(recorded, dict):  # a member of an enumeration
         recorded, actual = recorded["member"], getattr(actual, "name", actual)
     if recorded is _ABSENT and actual is _ABSENT:
         return

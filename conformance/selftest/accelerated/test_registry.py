@@ -11,6 +11,7 @@ import pytest
 
 from accelerated import registry
 from accelerated.contract import Standing
+from accelerated.operators import operators_of
 from accelerated.registry import BackendError, backend, names
 from reference.problem import Problem
 
@@ -51,28 +52,32 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "third_party_backend"
 
 
-@pytest.mark.parametrize("name", ["reference", "allgather", "mori", "mori-standin"])
+BUILT_IN = ("reference", "allgather", "mori", "mori-standin", "aiter", "aiter-standin", "aiter-triton")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_backends_are_named_after_themselves(name: str) -> None:
     made = backend(name)
     assert name in names()
     assert made.name == name
-    assert made.standin == (name == "mori-standin")
+    assert made.standin == name.endswith("-standin")
     assert made.judged_by == ("oracle" if name == "reference" else "reference")
+    assert list(made.kernel_types) or operators_of(made), "it offers something"
     for kernel_type in made.kernel_types:
         assert made.support(Problem(8, 64, 64, 4, 16), kernel_type).standing is not Standing.REFUSED, kernel_type
 
 
-def test_the_driver_side_needs_neither_torch_nor_mori() -> None:
+def test_the_driver_side_needs_neither_torch_nor_a_library() -> None:
     script = (
         "import sys\n"
         "from accelerated.registry import backend, names\n"
         "from reference.problem import Problem\n"
         "for name in names():\n"
         "    made = backend(name)\n"
-        "    kind = made.kernel_types[0]\n"
-        "    made.support(Problem(2, 8, 4, 2, 4), kind), made.contract(Problem(2, 8, 4, 2, 4), kind)\n"
+        "    for kind in made.kernel_types:\n"
+        "        made.support(Problem(2, 8, 4, 2, 4), kind), made.contract(Problem(2, 8, 4, 2, 4), kind)\n"
         "    made.preflight('cpu')\n"
-        "print(sorted({'torch', 'mori', 'numpy'} & set(sys.modules)))\n"
+        "print(sorted({'torch', 'mori', 'aiter', 'numpy'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -92,7 +97,7 @@ def test_entry_points_add_names_but_never_replace_built_ins(third_party: str, mo
         return [entry for entry in offered if entry.group == group and name in (None, entry.name)]
 
     monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
-    assert names() == ("reference", "allgather", "mori", "mori-standin", "mine")
+    assert names() == (*BUILT_IN, "mine")
     assert backend("mine").name == "mine"
     assert backend("allgather").name == "allgather"
 

@@ -1,0 +1,77 @@
+"""Backend ``aiter-triton``: the real Triton quantisers and norms of a ROCm AITER source tree that the user names.
+
+Scope: the driver-side half (standing, contract, preflight) and the way into a session. On a CPU the kernels run in
+Triton's interpreter: then a pass shows that the algorithm is right and nothing about AMD hardware, which
+:attr:`AiterTritonBackend.caveat` says. A clean preflight does not prove that the tree imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from accelerated.aiter_ops import triton_contract as declared
+from accelerated.aiter_ops import triton_library
+from accelerated.operators import Family
+
+if TYPE_CHECKING:
+    from accelerated.aiter_ops.triton_operations import TritonSession
+    from accelerated.contract import Support
+    from accelerated.interface import Finding, RankContext
+    from accelerated.operators import NormContract, QuantContract, RowProblem
+
+
+class AiterTritonBackend:
+    """Real AITER Triton operators.
+
+    Args:
+        arch: gfx architecture the driver declares contracts for; target features (``gfx942:sramecc+``) are cut off.
+    """
+
+    name = "aiter-triton"
+    standin = False
+    judged_by = "reference"
+    kernel_types: Sequence[str] = ()
+    #: Operators by family.
+    operators: ClassVar[dict[str, tuple[str, ...]]] = {
+        family.value: declared.names(family) for family in (Family.QUANTISE, Family.NORM)
+    }
+
+    def __init__(self, arch: str) -> None:
+        self._arch = arch.partition(":")[0]
+
+    @property
+    def caveat(self) -> str:
+        """What every report has to say beside a result; empty where the kernels are compiled for a device."""
+        return triton_library.CAVEAT if triton_library.interpreted() else ""
+
+    def support(self, problem: RowProblem, kernel_type: str) -> Support:
+        """Standing of operator ``kernel_type`` on the declared architecture."""
+        return declared.support(problem, kernel_type, self._arch)
+
+    def contract(self, problem: RowProblem, kernel_type: str) -> QuantContract | NormContract:
+        """Declared behaviour on the declared architecture.
+
+        Raises:
+            ContractError: the operator is unknown, or refused at this problem.
+        """
+        return declared.contract(problem, kernel_type, self._arch)
+
+    def preflight(self, device: str) -> list[Finding]:
+        """Findings for ``device`` (``"cuda"`` or ``"cpu"``)."""
+        return triton_library.probe(device)
+
+    def open(self, context: RankContext) -> TritonSession:
+        """Load AITER from the named tree in a rank process.
+
+        Raises:
+            LibraryError: the tree is missing or broken, or reports another architecture than ``context.arch``.
+        """
+        from accelerated.aiter_ops.triton_operations import TritonSession
+
+        return TritonSession(triton_library.load(context.arch.partition(":")[0]))
+
+
+def aiter_triton(arch: str) -> AiterTritonBackend:
+    """The real operators, from the tree that ``EP_AITER_SOURCE`` names."""
+    return AiterTritonBackend(arch)

@@ -1,0 +1,1 @@
+"""Double of ``aiter.utility``. A pass against it proves nothing about AITER."""

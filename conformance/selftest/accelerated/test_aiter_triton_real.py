@@ -1,0 +1,36 @@
+"""Real AITER Triton operators, where the environment names a source tree; not run otherwise, which is no pass.
+
+Scope: everything happens in a process of its own (``scenarios_aiter_triton.py``), for AITER and what makes it import
+change the process. On the CPU no AMD hardware is tested: rounding and saturation are the interpreter's.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from accelerated.aiter_ops.triton_backend import aiter_triton
+from accelerated.aiter_ops.triton_library import SOURCE
+from conformance.selftest.reference import ranks
+
+MODULE = "conformance.selftest.accelerated.scenarios_aiter_triton"
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get(SOURCE), reason=f"not run: {SOURCE} names no AITER source tree, so AITER was not tested"
+)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    assert aiter_triton("gfx942").preflight("cpu") == []
+    with pytest.MonkeyPatch.context() as patch:
+        # An interpreted kernel takes a thousand times as long; half a minute where nothing else runs.
+        patch.setattr(ranks, "DEADLINE", 600.0)
+        (found,) = ranks.run(1, [MODULE], tmp_path_factory.mktemp("aiter"))
+    return found
+
+
+@pytest.mark.parametrize("scenario", ranks.scenarios_of(MODULE))
+def test_real_operators(report: dict[str, str], scenario: str) -> None:
+    assert report.get(scenario, "the process ended before this scenario") == ""
