@@ -191,8 +191,9 @@ class RowProgram:
             out = self._out.of(*given.rows.shape) if call.into and self._out is not None else None
             result = quantiser.quantise(given.rows, scale=given.scale, num_rows=given.num_rows, out=out)
             if out is not None:
-                # A later call may be given the same buffers.
-                result = QuantResult(_copy(result.codes), _copy(result.scales))
+                # What lies in the buffers counts, whatever came back; a later call may be given the same ones.
+                static = given.scale is not None
+                result = QuantResult(_copy(out.codes), _copy(result.scales if static else out.scales))
         else:
             norm: NormOperation = self._operation  # type: ignore[assignment]
             normalise = self._compiled or norm.normalise

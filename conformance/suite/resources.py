@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+from accelerated.registry import backend
 from conformance.cases import AnyCell
 from conformance.engine.driver import Driver, Limits, Outcome
 from conformance.engine.lease import core_slots, lease
@@ -77,11 +78,16 @@ class Resources:
             if self._driver is not None:
                 self._driver.close()
                 self._report_teardown()
+            # Interpreted kernels are not slow because they hang.
+            patience = float(getattr(backend(cell.backend, self._options.arch), "patience", 1.0))
+            limits = replace(
+                self._limits, floor_s=patience * self._limits.floor_s, first_s=patience * self._limits.first_s
+            )
             self._driver = Driver(
                 cell.backend,
                 arch=self._options.arch,
                 device=self._options.device,
-                limits=self._limits,
+                limits=limits,
                 progress=self._progress,
             )
         self._driver.devices = self._positions
