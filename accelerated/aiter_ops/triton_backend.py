@@ -45,6 +45,11 @@ class AiterTritonBackend:
         """What every report has to say beside a result; empty where the kernels are compiled for a device."""
         return triton_library.CAVEAT if triton_library.interpreted() else ""
 
+    @property
+    def patience(self) -> float:
+        """Factor on the time limits of a case: an interpreted launch takes as long as hundreds of compiled ones."""
+        return 20.0 if triton_library.interpreted() else 1.0
+
     def support(self, problem: RowProblem, kernel_type: str) -> Support:
         """Standing of operator ``kernel_type`` on the declared architecture."""
         return declared.support(problem, kernel_type, self._arch)
