@@ -33,6 +33,8 @@ FUSED_WORLD_SIZES = (2, 4, 8)
 GROUP = 128
 #: Threads that the block reduction counts as one warp, on every architecture (CAR:1598).
 _REDUCTION_WARP = 32
+#: Fewest threads of a row, and levels of the tree over the most of them (1,024).
+_LEAST_THREADS, _MOST_LEVELS = 64, 10
 
 _SUM_ORDER = {
     Path.PLAIN_ONE_STAGE: SumOrder.RANK,  # CAR:470
@@ -162,6 +164,7 @@ class At:
             quantised_from=QuantisedFrom.FLOAT32 if own_quantiser else QuantisedFrom.ROUNDED,
             store=Ties.TRUNCATE if truncates else Ties.EVEN,
             may_flush=True,
+            square_additions=self._square_additions(),
         )
         if own_quantiser and (route.path is not Path.ONE_STAGE or operator.quantiser == "mxfp4"):
             numerics = replace(numerics, norm_input=NormInput.ROUNDED)  # CAR:2247, 2843 and 3091
@@ -195,6 +198,14 @@ class At:
             may_flush=own,
             scale_layout=layout,
         )
+
+    def _square_additions(self) -> int:
+        """Additions of a square in any of the fused kernels: those of its 16 bytes, of its thread, of the tree.
+
+        A row has 64 to 1,024 threads, each with 16 bytes of it at a time (CAR:1409-1416, 1575, 1603-1640).
+        """
+        pack = 16 // ROW_BYTES[self.problem.dtype]
+        return pack + max(1, -(-self.problem.hidden // pack // _LEAST_THREADS)) + _MOST_LEVELS
 
     def _plain(self, path: Path, gemma: bool) -> NormNumerics:
         if path not in _SUM_ORDER:

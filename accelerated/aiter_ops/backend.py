@@ -38,6 +38,8 @@ class AiterBackend:
     judged_by = "reference"
     #: It offers no dispatch and combine.
     kernel_types: Sequence[str] = ()
+    #: What frameworks run under ``torch.compile``: the split form and its local norm.
+    compiled_operators: Sequence[str] = ("rmsnorm_add", "split")
 
     def __init__(self, name: str, standin: bool, load: Callable[[], AiterLibrary], arch: str) -> None:
         self.name = name

@@ -134,7 +134,8 @@ class RowProgram:
         # Inductor needs a compiler on the host; without a GPU the tracing is what is of interest.
         kind = "inductor" if self._context.device.type == "cuda" else "aot_eager"
         compiled: Callable[..., NormResult] = torch.compile(norm.normalise, backend=kind, dynamic=True)
-        for rows in (0, 1, self._cell.capacity):
+        least = 0 if self._contract.takes_empty else 1
+        for rows in sorted({least, 1, self._cell.capacity}):
             call = Call(rows, (Pattern("normal"),), residual=(Pattern("normal"),))
             given = self._inputs(call)
             compiled(given.rows, given.residual, given.weight, call.epsilon)
