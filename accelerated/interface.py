@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from accelerated.contract import Contract, Support
-    from accelerated.operators import NormContract, NormOperation, QuantContract, QuantOperation, RowProblem
-    from reference.problem import Problem
+    from accelerated.contract import Support
 
 
 @dataclass(frozen=True)
@@ -88,25 +86,32 @@ class Operation(Protocol):
 class Session(Protocol):
     """A library initialised in one rank process. One per process lifetime."""
 
-    def build(self, problem: Problem | RowProblem, kernel_type: str) -> Operation | QuantOperation | NormOperation:
-        """Construct an operator. Collective over the default group."""
+    def build(self, problem: Any, kernel_type: str) -> Any:
+        """Construct an operator. Collective over the default group.
+
+        A ``Problem`` has an :class:`Operation`, a ``RowProblem`` one of those in :mod:`accelerated.operators`.
+        """
 
     def close(self) -> None:
         """Finalise the library; every operation is closed already, the process group is still alive."""
 
 
 class Backend(Protocol):
-    """Factory and contract of one backend. Every attribute and method but :meth:`open` works without torch."""
+    """Factory and contract of one backend. Every attribute and method but :meth:`open` works without torch.
+
+    A backend answers for the problems of what it offers: ``Problem`` for its kernel types, ``RowProblem`` for its
+    operators (:mod:`accelerated.operators`).
+    """
 
     name: str
     standin: bool  # True: a double, every report must say so
     judged_by: str  # "reference" or "oracle"
     kernel_types: Sequence[str]  # of dispatch/combine
 
-    def support(self, problem: Problem | RowProblem, kernel_type: str) -> Support:
+    def support(self, problem: Any, kernel_type: str) -> Support:
         """Say whether this problem is claimed, unclaimed or refused, with the reason."""
 
-    def contract(self, problem: Problem | RowProblem, kernel_type: str) -> Contract | QuantContract | NormContract:
+    def contract(self, problem: Any, kernel_type: str) -> Any:
         """Declare the behaviour for a problem that :meth:`support` does not refuse."""
 
     def preflight(self, device: str) -> list[Finding]:

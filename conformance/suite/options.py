@@ -31,7 +31,6 @@ class Options:
     backends: tuple[str, ...]
     companions: tuple[str, ...]
     kernel_types: tuple[str, ...]
-    operators: tuple[str, ...]
     ep_sizes: tuple[int, ...]
     device: str
     arch: str
@@ -46,6 +45,7 @@ class Options:
     replay: tuple[Path, ...]
     ep_sizes_given: bool = False  # what was not given follows the machine
     arch_given: bool = False
+    operators: tuple[str, ...] = ()
     workers: int = 1  # processes that run cells at a time
 
     @property
