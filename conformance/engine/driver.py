@@ -262,6 +262,7 @@ _CHECK_ORDER = (
     "quantise.scales",
     "quantise.codes",
     "quantise.dequantised",
+    "quantise.row_count",
     "norm.residual",
     "norm.output",
     "norm.bias",

@@ -91,12 +91,15 @@ def shorter_rows(case: RowCase) -> Iterator[RowCase]:
 
 
 def fewer_rows(case: RowCase) -> Iterator[RowCase]:
-    """No row, one, few, half, one less; in all calls, then in one."""
+    """No row, one, few, half, one less; in all calls, then in one. Fewer that exist among them; in one call."""
 
     def fewer(call: Call) -> Iterator[Call]:
         for rows in dict.fromkeys((0, 1, 2, 3, 4, 8, call.rows // 2, call.rows * 3 // 4, call.rows - 1)):
             if 0 <= rows < call.rows:
                 yield _with_rows(call, rows)
+        for count in dict.fromkeys((0, 1, call.num_rows // 2, call.num_rows - 1)):
+            if 0 <= count < call.num_rows:
+                yield msgspec.structs.replace(call, num_rows=count)
 
     for rows in (1, 2, 4):
         yield map_calls(case, lambda call, n=rows: _with_rows(call, min(call.rows, n)))  # type: ignore[misc]
@@ -156,9 +159,12 @@ def _plainer(pattern: Pattern) -> Iterator[Pattern]:
         yield msgspec.structs.replace(pattern, kind=kind)
     for name in ("exponent", "position", "seed"):
         value = getattr(pattern, name)
-        for lower in dict.fromkeys((0, 1, value // 2 if value >= 0 else -(-value // 2))):
-            if abs(lower) < abs(value):
-                yield msgspec.structs.replace(pattern, **{name: lower})
+        amount, sign = abs(value), 1 if value >= 0 else -1
+        # A seed only has to be another one; how far a position or an exponent goes says something.
+        near = () if name == "seed" else (amount * 3 // 4, amount - 1)
+        for lower in dict.fromkeys((0, 1, amount // 2, *near)):
+            if 0 <= lower < amount:
+                yield msgspec.structs.replace(pattern, **{name: sign * lower})
 
 
 #: Bold steps first.

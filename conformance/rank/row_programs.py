@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -27,35 +26,17 @@ from accelerated.operators import (
     QuantResult,
 )
 from conformance.engine.protocol import Mismatch
+from conformance.rank import row_count
 from conformance.rank.judge_rows import Answered, judge_call
 from conformance.rank.oracle_rows import judge_by_oracle
 from conformance.rank.out_buffers import OutBuffers
 from conformance.rank.phases import SetPhase
+from conformance.rank.row_inputs import RowInputs
 from conformance.row_cases import Call, Pattern, RowCase, RowCell
 from conformance.row_values import DISTINCT, poison, rows_of, shape_of, weight_of
 
 #: Tensors of a result.
 _NAMES = ("output", "residual", "codes", "scales")
-
-
-@dataclass
-class RowInputs:
-    """What one rank hands to one call; every tensor in the element type."""
-
-    rows: torch.Tensor
-    residual: torch.Tensor | None
-    weight: torch.Tensor
-    scale: torch.Tensor | None
-    num_rows: torch.Tensor | None
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Those that are there, by name."""
-        return {name: t for name, t in vars(self).items() if t is not None}
-
-    def clone(self) -> RowInputs:
-        held = (self.residual, self.scale, self.num_rows)
-        residual, scale, num_rows = (None if t is None else t.clone() for t in held)
-        return RowInputs(self.rows.clone(), residual, self.weight.clone(), scale, num_rows)
 
 
 class RowProgram:
@@ -96,6 +77,8 @@ class RowProgram:
             found = results[index]
             mismatch = self._side_effects(index, handed[index], pristine[index], found, kept[index])
             mismatch = mismatch or differing.get(index)
+            if mismatch is None and self._cell.mode == "drained":
+                mismatch = row_count.mismatch(index, self._operation, self._contract, pristine[index], found)
             if mismatch is None and eager:
                 mismatch = _laid_out_otherwise(index, found, eager[index])
             if mismatch is None:

@@ -58,6 +58,7 @@ SMOKE = (
 )
 #: What a backend that is not the subject of the run gets.
 COMPANION = (
+    RowSlot("codecs", _Q, 256, 256, {1: 0}),
     RowSlot("quantise", _Q, 200, 9, {1: 3}),
     RowSlot("norm", _N, 256, 9, {1: 3}),
     RowSlot("allreduce_norm", _A, 512, 33, {2: 3, 4: 2, 8: 1}),
