@@ -62,6 +62,18 @@ def _traits(cell: RowCell, contract: RowContract) -> _Traits:
     )
 
 
+def takes(contract: RowContract, case: RowCase) -> bool:
+    """Whether the contract says something about every call of a case."""
+    traits = _traits(case.cell, contract)
+    return all(
+        (call.rows > 0 or traits.empty)
+        and (call.num_rows < 0 or traits.num_rows)
+        and (traits.out or not call.into)
+        and {p.kind for p in call.patterns} <= set(traits.kinds)
+        for call in case.calls
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- the ladder
 def ladder(cell: RowCell, contract: RowContract) -> Iterator[RowCase]:
     """Cases that every run of the cell begins with, the same in every run."""

@@ -27,6 +27,8 @@ _TOP = {"bfloat16": 127, "float16": 15, "float32": 127}
 NORM_TOP = 50
 #: So many rows of a call differ; a prime, so that no tile of a kernel sees the same ones again.
 DISTINCT = 4093
+#: What lies in the rows beyond num_rows, in turn.
+_POISON = (math.nan, 1e30)
 _SUBNORMAL = {"bfloat16": 2.0**-133, "float16": 2.0**-24, "float32": 2.0**-149}
 _STEP = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
 
@@ -81,6 +83,13 @@ def rows_of(call: Call, cell: RowCell, shape: Shape, rank: int, *, residual: boo
     return rows
 
 
+def poison(call: Call, rows: Any) -> None:
+    """Overwrite the rows that the row count of a call leaves out; ``rows`` is an array or a tensor with all M."""
+    if call.num_rows >= 0:
+        for offset, value in enumerate(_POISON):
+            rows[call.num_rows + offset :: len(_POISON)] = value
+
+
 def weight_of(call: Call, cell: RowCell) -> Array:
     """``[N]`` float32 norm weights that the element type holds exactly."""
     if call.weight == "normal":
@@ -101,7 +110,7 @@ def row_of(pattern: Pattern, index: int, shape: Shape, rank: int) -> Array:
 
 
 def round_values(values: npt.NDArray[np.floating], dtype: str) -> Array:
-    """Round to the element type, to nearest even, kept as float32."""
+    """Round to float32, then to the element type, to nearest even; kept as float32."""
     with np.errstate(over="ignore", under="ignore"):
         single = np.asarray(values, dtype=np.float64).astype(np.float32)
         if dtype == "float16":
@@ -201,7 +210,8 @@ def _every_code(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values
     if shape.dtype == "float16":
         values = codes.astype(np.uint16).view(np.float16).astype(np.float64)
     else:
-        values = (codes.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            values = (codes.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return np.where(np.isfinite(values), values, 0.0)
 
 

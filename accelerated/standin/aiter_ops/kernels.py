@@ -34,7 +34,7 @@ def per_token(
     """``dynamic_per_token_scaled_quant_kernel``: the largest magnitude starts at 0."""
     _check(out, rows, "quant_kernel")
     value = device.flush(rows.reshape(-1, rows.shape[-1]).float())
-    amax = value.abs().amax(1, keepdim=True)
+    amax = largest_magnitudes(value)
     scale = device.flush(amax * mx.reciprocal(device.largest(out.dtype), rows.device))
     written = _written(value.shape[0], num_rows, factor, value.device)
     write(out.view(value.shape), _payload(value, scale, out.dtype), written)
@@ -55,7 +55,7 @@ def per_group(
     fp4 = out.dtype == dtypes.fp4x2
     columns = out.shape[-1] * (2 if fp4 else 1)
     value = device.flush(rows.reshape(-1, columns // group, group).float())
-    amax = value.abs().amax(2, keepdim=True).clamp(min=FLOOR)
+    amax = largest_magnitudes(value).clamp(min=FLOOR)
     e8m0 = scales.dtype != torch.float32
     if e8m0:
         scale_codes = mx.scale_bytes(amax, mx.FP4 if fp4 else mx.FP8[out.dtype])
@@ -95,6 +95,11 @@ def place_scales(
     place = torch.where(written, place, flat.numel())
     longer = torch.cat((flat, flat.new_empty(1)))
     flat.copy_(longer.scatter(0, place.reshape(-1), stored.reshape(-1))[:-1])
+
+
+def largest_magnitudes(value: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each row ``[M, N]``, or of each group ``[M, G, N / G]``, kept as a last dimension of 1."""
+    return value.abs().amax(-1, keepdim=True)
 
 
 def write(out: torch.Tensor, new: torch.Tensor, written: torch.Tensor | None = None) -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerated.reference_backend import ReferenceBackend, ReferenceOperation, ReferenceSession
 from conformance.engine.protocol import Answer, pack
@@ -129,11 +129,20 @@ class _Session(ReferenceSession):
         super().__init__(context)
         self._make = make
 
-    def build(self, problem: Problem, kernel_type: str) -> ReferenceOperation:
+    def build(self, problem: Any, kernel_type: str) -> ReferenceOperation:
         return self._make(self._context, problem)
 
 
-class Defective(ReferenceBackend):
+_NONE: dict[str, tuple[str, ...]] = {}
+
+
+class ExchangeBackend(ReferenceBackend):
+    """The specification's dispatch/combine alone."""
+
+    operators = _NONE
+
+
+class Defective(ExchangeBackend):
     """Any :class:`Defect`, by the data."""
 
     name = "defective"
@@ -143,7 +152,7 @@ class Defective(ReferenceBackend):
         return _Session(context, DefectiveOperation)
 
 
-class RaisesAtOpen(ReferenceBackend):
+class RaisesAtOpen(ExchangeBackend):
     """Its library does not initialise on rank 1."""
 
     def open(self, context: RankContext) -> ReferenceSession:
@@ -152,7 +161,7 @@ class RaisesAtOpen(ReferenceBackend):
         return super().open(context)
 
 
-class ExitsAtOpen(ReferenceBackend):
+class ExitsAtOpen(ExchangeBackend):
     """Its library ends the process of rank 1."""
 
     def open(self, context: RankContext) -> ReferenceSession:
@@ -166,7 +175,7 @@ class _EndsBadly(ReferenceSession):
         raise_value_error()
 
 
-class RaisesAtClose(ReferenceBackend):
+class RaisesAtClose(ExchangeBackend):
     """Correct, but its library does not finalise."""
 
     kernel_types = ("one-level",)
@@ -175,7 +184,7 @@ class RaisesAtClose(ReferenceBackend):
         return _EndsBadly(context)
 
 
-class ForgesAtBuild(ReferenceBackend):
+class ForgesAtBuild(ExchangeBackend):
     """Rank 0 answers another command while it builds."""
 
     def open(self, context: RankContext) -> ReferenceSession:
@@ -187,7 +196,7 @@ class ForgesAtBuild(ReferenceBackend):
         return _Session(context, make)
 
 
-class SpoilsTheGroup(ReferenceBackend):
+class SpoilsTheGroup(ExchangeBackend):
     """Opening it leaves a process group that delivers wrong numbers on rank 0."""
 
     def open(self, context: RankContext) -> ReferenceSession:
@@ -220,7 +229,7 @@ class _DroppingOperation(ReferenceOperation):
         return received
 
 
-class DropsARow(ReferenceBackend):
+class DropsARow(ExchangeBackend):
     """A rank that receives a row from another rank reports one row too few. Deterministic."""
 
     name = "drops-a-row"
@@ -245,7 +254,7 @@ class _HeldOperation(ReferenceOperation):
         return super().prepare(rows, ids, weights)
 
 
-class Held(ReferenceBackend):
+class Held(ExchangeBackend):
     """Correct, but waits in prepare while the file named by :data:`HOLD_VARIABLE` exists."""
 
     name = "held"

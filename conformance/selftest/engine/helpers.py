@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from conformance.cases import Case, Cell, Explicit, Mode, Round
+from conformance.cases import Case, Cell, Explicit, Round
+from conformance.row_cases import Mode
 from conformance.selftest.engine.backends import MODULE, Defect
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from conformance.cases import decode
+from conformance.cases import Case, decode
 from conformance.engine.driver import Driver
 from conformance.selftest.engine.helpers import case
 
@@ -17,6 +17,7 @@ from conformance.selftest.engine.helpers import case
 def main() -> None:
     """Run a good case, print the pids, wait for a line, run the case given, print its outcome and a good one's."""
     asked = decode(Path(sys.argv[1]).read_bytes(), sys.argv[1])
+    assert isinstance(asked, Case)
     driver = Driver(asked.cell.backend)
     good = case(asked.cell)
     assert driver.run(good).passed

@@ -12,9 +12,10 @@ from random import Random
 import msgspec
 import pytest
 
-from conformance.cases import Case, CaseError, Cell, Explicit, Mode, Recipe, Round, Rows, validate
+from conformance.cases import Case, CaseError, Cell, Explicit, Recipe, Round, Rows, validate
 from conformance.engine import steps
 from conformance.engine.reducer import Reducer, Reduction
+from conformance.row_cases import Mode
 from reference.problem import ProblemError
 
 Predicate = Callable[[Case], bool]
@@ -38,7 +39,7 @@ def well_formed(case: Case) -> bool:
     return True
 
 
-def reduce(case: Case, fails: Predicate, budget_s: float = 60.0, candidates: int = 2000) -> Reduction:
+def reduce(case: Case, fails: Predicate, budget_s: float = 60.0, candidates: int = 2000) -> Reduction[Case]:
     assert fails(steps.explicit(case))
     done = Reducer(fails, well_formed, budget_s, candidates).reduce(case)
     assert fails(done.case)

@@ -15,10 +15,11 @@ import torch
 from accelerated.allgather import NAIVE, AllGatherBackend
 from accelerated.interface import Backend, Combined, Operation, RankContext, Received
 from accelerated.reference_backend import NODE_LEVELS, ONE_LEVEL, ReferenceBackend
-from conformance.cases import Case, Cell, Explicit, Mode, Placement, Recipe, Round, Values
+from conformance.cases import Case, Cell, Explicit, Placement, Recipe, Round, Values
 from conformance.engine.protocol import Mismatch
 from conformance.rank.experts import LocalExperts
 from conformance.rank.programs import Program
+from conformance.row_cases import Mode
 from conformance.selftest.reference.ranks import World
 
 _TOP_K = 5

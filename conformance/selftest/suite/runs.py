@@ -14,7 +14,12 @@ from conformance.suite.records import BeginRecord, CellRecord, EndRecord, Record
 
 ROOT = Path(conformance.__file__).parents[1]
 LIMIT_S = 120
-SMALL = ("--tier", "smoke", "--ep-sizes", "1,2", "--backend", "reference")
+#: Both kinds of kernel type, and one operator of each family.
+SMALL = (
+    *("--tier", "smoke", "--ep-sizes", "1,2", "--backend", "reference"),
+    *("--kernel-type", "one-level", "--kernel-type", "node-levels"),
+    *("--operator", "token_fn", "--operator", "rms_norm", "--operator", "fused"),
+)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from conformance.cases import Case, Cell, Explicit, Mode, Round, Rows, Values
+from conformance.cases import Case, Cell, Explicit, Round, Rows, Values
+from conformance.row_cases import Mode
 from conformance.selftest.engine.helpers import cell
 from conformance.selftest.suite.runs import ROOT, run
 from conformance.selftest.suite.test_harness import options
+from conformance.suite.cells import PlannedCell
 from conformance.suite.failure import ConformanceFailure, Failure
 from conformance.suite.harness import Harness
-from conformance.suite.plan import PlannedCell
 from conformance.suite.records import RecordWriter
 from conformance.suite.reproduce import script
 from conformance.verdicts import ExitCode
@@ -81,6 +82,7 @@ def test_the_commands_name_the_device_and_the_architecture(failure: Failure) -> 
     there = replace(failure, device="cuda", arch="gfx950")
     (line,) = (line for line in there.report().splitlines() if line.startswith("replay: "))
     assert line.endswith("/case.json --device cuda --arch gfx950")
+    assert isinstance(failure.minimal, Case)
     text = script(failure.minimal, "cuda", "gfx950")
     compile(text, "reproduce.py", "exec")
     assert "DEVICE = sys.argv[1] if len(sys.argv) > 1 else 'cuda'\n" in text
@@ -128,6 +130,7 @@ def test_the_script_stands_alone(
     tmp_path: Path, failure: Failure, backend: str, kernel_type: str, difference: str
 ) -> None:
     case = failure.minimal
+    assert isinstance(case, Case)
     if backend:
         where = msgspec.structs.replace(case.cell, backend=backend, kernel_type=kernel_type)
         case = msgspec.structs.replace(case, cell=where)

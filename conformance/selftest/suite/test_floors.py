@@ -26,7 +26,7 @@ ALLOWED = {
     "accelerated/standin": ("accelerated.standin", "torch"),
     "conformance": (
         *("conformance", "accelerated", "reference", "torch"),
-        *("numpy", "pytest", "_pytest", "xdist", "hypothesis", "msgspec", "rich", "safetensors"),
+        *("numpy", "pytest", "_pytest", "xdist", "hypothesis", "msgspec", "rich", "safetensors", "ml_dtypes"),
     ),
     "ci": ("ci", "conformance", "fixtures", "msgspec", "rich", "pytest"),
 }

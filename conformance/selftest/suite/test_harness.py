@@ -14,17 +14,18 @@ from conformance.cases import Case
 from conformance.engine.driver import InfraError, Limits, Outcome
 from conformance.selftest.engine.helpers import case, cell
 from conformance.suite.analysis import RATE_REPEATS
+from conformance.suite.cells import PlannedCell
 from conformance.suite.failure import ConformanceFailure
 from conformance.suite.harness import Harness
 from conformance.suite.options import Options
-from conformance.suite.plan import PlannedCell
 from conformance.suite.records import BeginRecord, CellRecord, RecordWriter, read_records
 from conformance.verdicts import Verdict
 
 GOOD = Outcome(Verdict.PASS)
 WRONG = Outcome(Verdict.FAIL, "dispatch.rows", 0, text="a row is missing")
 CRASH = Outcome(Verdict.CRASH, "SIGKILL", 1, text="rank 1 died of SIGKILL")
-PLANNED = PlannedCell(cell("DropsARow", world_size=2), 10, claimed=True)
+WHERE = cell("DropsARow", world_size=2)
+PLANNED = PlannedCell(WHERE, 10, claimed=True)
 
 
 class ScriptedDriver:
@@ -62,6 +63,7 @@ def options(output: Path, backend: str) -> Options:
         backends=(backend,),
         companions=(),
         kernel_types=(),
+        operators=(),
         ep_sizes=(2,),
         device="cpu",
         arch="gfx942",
@@ -179,4 +181,4 @@ def test_in_an_unclaimed_cell_a_failure_is_a_finding(place: Path) -> None:
 
 
 def test_the_same_case_means_the_same_id() -> None:
-    assert case(PLANNED.cell).id == case(PLANNED.cell).id != case(PLANNED.cell, seed=1).id
+    assert case(WHERE).id == case(WHERE).id != case(WHERE, seed=1).id

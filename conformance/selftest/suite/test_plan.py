@@ -11,7 +11,8 @@ import pytest
 
 from accelerated.contract import Standing
 from accelerated.registry import backend
-from conformance.suite.plan import COMPANION, DEFAULT_EP_SIZES, GATE, SMOKE, Plan, make_plan
+from conformance.suite.cells import Plan
+from conformance.suite.plan import COMPANION, DEFAULT_EP_SIZES, GATE, SMOKE, make_plan
 from reference.catalogue import KERNEL_TYPES, architectures, model_shapes
 
 #: Cases of every kernel type at every EP size with communication, in the default tier.

@@ -17,8 +17,8 @@ from conformance.engine.driver import Outcome
 from conformance.selftest.engine.helpers import case, cell
 from conformance.selftest.suite.test_harness import options
 from conformance.suite import resources
+from conformance.suite.cells import PlannedCell
 from conformance.suite.harness import Harness
-from conformance.suite.plan import PlannedCell
 from conformance.suite.records import CellRecord, RecordWriter, read_records
 from conformance.suite.resources import Resources
 from conformance.verdicts import Verdict

@@ -26,6 +26,7 @@ WRONG = {
     "backend": (("--backend", "nosuch"), ("'nosuch'", "mori-standin")),
     "factory": (("--backend", "nosuch.module:make"), ("nosuch.module", "package.module:factory")),
     "kernel type": (("--kernel-type", "Intra"), ("'Intra'", "IntraNode")),
+    "operator": (("--operator", "quantise"), ("'quantise'", "choose one of")),
     "EP size of the kernel type": (
         ("--kernel-type", "IntraNode", "--ep-sizes", "16"),
         ("EP 16", "'mori-standin'", "8"),
