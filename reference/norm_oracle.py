@@ -138,8 +138,8 @@ def _normalised(
     if between is not None:
         value, lower, upper = between(value), between(lower - 2.0**-148), between(upper + 2.0**-148)
     corners = torch.stack([x * scale * (1 + sign * _U) for x in (lower, upper) for sign in (-1, 1)])
-    # A product may underflow too, before a weight beyond 1 multiplies what is lost.
-    tiny = 2.0**-148 * (1 + scale.abs())
+    # A product may underflow too, before a weight beyond 1 or, with the weight first, the root multiplies what is lost.
+    tiny = 2.0**-148 * (1 + scale.abs() + strongest)
     return Bounds(value * scale, corners.amin(0) - tiny, corners.amax(0) + tiny)
 
 

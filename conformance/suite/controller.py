@@ -25,13 +25,13 @@ from accelerated.mori_ep.backend import torch_builds
 from accelerated.mori_ep.contract import resolve
 from accelerated.mori_ep.launch import session_heap_bytes
 from accelerated.mori_ep.library import probe_mori
-from accelerated.operators import operators_of
+from accelerated.operators import Family, operators_of
 from accelerated.registry import BackendError, backend
 from conformance import __version__
 from conformance.cases import AnyCase, CaseError, Cell, decode
 from conformance.engine.lease import core_slots
-from conformance.row_cases import RowCase
-from conformance.suite import preflight
+from conformance.row_cases import RowCase, RowCell
+from conformance.suite import kinds, preflight
 from conformance.suite.cells import Plan, PlannedCell, Unsupported
 from conformance.suite.options import Options, prepare_output
 from conformance.suite.plan import make_plan
@@ -176,7 +176,10 @@ def _check_sizes(options: Options, plan: Plan) -> None:
     for refused in plan.unsupported:
         # One node is asked first, and is what the user thinks of.
         unable.setdefault((refused.backend, refused.world_size), refused.reason)
-    able = {p.cell.world_size for p in plan.cells if p.cell.backend in options.backends}
+    mine = [p.cell for p in plan.cells if p.cell.backend in options.backends]
+    able = {cell.world_size for cell in mine}
+    if mine and all(isinstance(cell, RowCell) and cell.family is not Family.ALLREDUCE_NORM for cell in mine):
+        return  # local operators have no EP size
     missing = [size for size in options.ep_sizes if size not in able]
     if missing and (options.ep_sizes_given or not able):
         name = next((n for n in options.backends if (n, missing[0]) in unable), options.backends[0])
@@ -284,9 +287,7 @@ def open_run(
 
 def _caveats(names: Sequence[str], options: Options) -> tuple[str, ...]:
     """What backends say about their own results off their hardware."""
-    if options.device != "cpu":
-        return ()
-    said = ((name, str(getattr(backend(name, options.arch), "caveat", ""))) for name in names)
+    said = ((name, kinds.caveat(backend(name, options.arch), options.device)) for name in names)
     return tuple(f"{name}: {text}" for name, text in said if text)
 
 

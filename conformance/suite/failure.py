@@ -41,6 +41,7 @@ class Failure:
     directory: Path = Path()
     device: str = "cpu"
     arch: str = DEFAULT_ARCH
+    caveat: str = ""  # what the backend says about its own results off its hardware
 
     @property
     def verdict(self) -> Verdict:
@@ -60,6 +61,8 @@ class Failure:
         lines = [self.headline]
         if self.standin:
             lines.append(STANDIN_MARK)
+        if self.caveat:
+            lines.append(self.caveat)
         lines += ["", *describe(self.minimal), "", *self.outcome.text.rstrip().splitlines()]
         lines += ["", self._history(), ""]
         for rank, stack in sorted(self.outcome.stacks.items()):

@@ -245,6 +245,7 @@ class Harness:
             outcome=outcome,
             device=self.options.device,
             arch=self.options.arch,
+            caveat=kinds.caveat(made, self.options.device),
             cut_short="it did not end",
         )
         failure.store(self.options.failures)

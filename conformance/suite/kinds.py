@@ -76,6 +76,11 @@ def legal(made: Backend, case: AnyCase) -> bool:
     return not any(-1 in row for routing in explicit for rows in routing.rows for row in rows)
 
 
+def caveat(made: Backend, device: str) -> str:
+    """What a backend that is no stand-in says about its own results off its hardware; empty on a GPU."""
+    return str(getattr(made, "caveat", "")) if device == "cpu" else ""
+
+
 def _row_contract(contract: object) -> RowContract:
     assert isinstance(contract, QuantContract | NormContract)
     return contract
