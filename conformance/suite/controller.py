@@ -178,7 +178,8 @@ def _check_sizes(options: Options, plan: Plan) -> None:
         unable.setdefault((refused.backend, refused.world_size), refused.reason)
     mine = [p.cell for p in plan.cells if p.cell.backend in options.backends]
     able = {cell.world_size for cell in mine}
-    if mine and all(isinstance(cell, RowCell) and cell.family is not Family.ALLREDUCE_NORM for cell in mine):
+    local = bool(mine) and all(isinstance(c, RowCell) and c.family is not Family.ALLREDUCE_NORM for c in mine)
+    if local and not unable:
         return  # local operators have no EP size
     missing = [size for size in options.ep_sizes if size not in able]
     if missing and (options.ep_sizes_given or not able):
