@@ -15,7 +15,7 @@ from accelerated.operators import NormContract, NormResult, QuantContract, Quant
 from conformance.engine.protocol import Mismatch
 from reference import layouts, quantisation, rms_norm
 from reference.codecs import Codec, Granularity, ScaleFormat
-from reference.formats import Ties
+from reference.formats import Format, Ties
 from reference.intervals import Interval
 from reference.norm_numerics import SumOrder
 from reference.rounding import decode, decode_e8m0
@@ -54,11 +54,16 @@ class Answered:
 
 @dataclass
 class Logical:
-    """A quantised result by index: ``codes`` int64 ``[M, N]``, ``values`` decoded, ``scales`` float64."""
+    """A quantised result by index: ``codes`` uint8 ``[M, N]``, ``scales`` float64."""
 
     codes: torch.Tensor
-    values: torch.Tensor
     scales: torch.Tensor
+    payload: Format
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The codes decoded, float64 ``[M, N]``."""
+        return decode(self.codes, self.payload)
 
 
 def judge_call(index: int, answered: Answered, contract: QuantContract | NormContract) -> Judgement:
@@ -93,15 +98,15 @@ def read_quantised(index: int, result: QuantResult, codec: Codec, rows: int, col
         )
     except ValueError as error:
         return Mismatch("quantise.layout", index, str(error))
-    codes = layouts.unpack_e2m1(result.codes) if packed else result.codes.long()
+    codes = layouts.unpack_e2m1(result.codes).to(torch.uint8) if packed else result.codes
     exact = decode_e8m0(scales) if codec.scale_format is ScaleFormat.E8M0 else scales.double()
-    return Logical(codes, decode(codes, codec.payload), exact)
+    return Logical(codes, exact, codec.payload)
 
 
 def first_rows(found: Logical, codec: Codec, count: int) -> Logical:
     """The first rows of a result, with their scales."""
     scales = found.scales if codec.granularity is Granularity.TENSOR else found.scales[:count]
-    return Logical(found.codes[:count], found.values[:count], scales)
+    return Logical(found.codes[:count], scales, codec.payload)
 
 
 def judge_quantised(
@@ -111,13 +116,7 @@ def judge_quantised(
     codec = contract.codec
     if not rows.numel():
         return None, 0.0
-    scales = found.scales
-    if codec.static:
-        wanted = torch.full_like(scales, static_scale).float().double()
-        accepted = Interval.exact(wanted)
-    else:
-        accepted = quantisation.accepted_scales(rows, codec)
-    mismatch, worst = judge_interval("quantise.scales", index, scales, accepted, _sure(accepted))
+    mismatch, worst = judge_scales(index, rows, found.scales, codec, static_scale)
     if mismatch is not None:
         return mismatch, worst
     for part in _parts(slice(None), rows.shape[0], rows.shape[1], max(codec.block_rows, 1)):
@@ -132,14 +131,36 @@ def judge_quantised(
     return None, worst
 
 
+def judge_scales(index: int, rows: torch.Tensor, scales: torch.Tensor, codec: Codec, static_scale: float) -> Judgement:
+    """Scales against the codec's rule."""
+    if codec.static:
+        wanted = Interval.exact(torch.full_like(scales, static_scale).float().double())
+        return judge_interval("quantise.scales", index, scales, wanted, _sure(wanted))
+    if codec.granularity is Granularity.TENSOR:
+        # One element of each row is as good as all of them.
+        accepted = quantisation.accepted_scales(rows.abs().amax(1, keepdim=True), codec)
+        return judge_interval("quantise.scales", index, scales, accepted, _sure(accepted))
+    worst = 0.0
+    for part in _parts(slice(None), rows.shape[0], rows.shape[1], max(codec.block_rows, 1)):
+        accepted = quantisation.accepted_scales(rows[part], codec)
+        mine = _scales_of(scales, codec, part)
+        mismatch, ratio = judge_interval("quantise.scales", index, mine, accepted, _sure(accepted))
+        worst = max(worst, ratio)
+        if mismatch is not None:
+            mismatch.token = part.start + mismatch.token * max(codec.block_rows, 1)
+            return mismatch, worst
+    return None, worst
+
+
 def _part_of(found: Logical, codec: Codec, part: slice) -> Logical:
     """Some rows, beginning with a whole block, and their scales."""
-    scales = found.scales
+    return Logical(found.codes[part], _scales_of(found.scales, codec, part), codec.payload)
+
+
+def _scales_of(scales: torch.Tensor, codec: Codec, part: slice) -> torch.Tensor:
     if codec.granularity is Granularity.BLOCK:
-        scales = scales[part.start // codec.block_rows : -(-part.stop // codec.block_rows)]
-    elif codec.granularity is not Granularity.TENSOR:
-        scales = scales[part]
-    return Logical(found.codes[part], found.values[part], scales)
+        return scales[part.start // codec.block_rows : -(-part.stop // codec.block_rows)]
+    return scales if codec.granularity is Granularity.TENSOR else scales[part]
 
 
 def _parts(share: slice, rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
@@ -237,7 +258,7 @@ def _judge_norm_rows(
     found = read_quantised(index, result.quantised, codec, *shape)
     if isinstance(found, Mismatch):
         return found, worst
-    mine = Logical(found.codes[share], found.values[share], found.scales[share])
+    mine = Logical(found.codes[share], found.scales[share], codec.payload)
     fused = rms_norm.quantised_acceptance(expected, codec, numerics, mine.scales)
     for check, got, interval in (
         ("norm.scales", mine.scales, fused.scales),

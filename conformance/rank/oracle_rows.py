@@ -88,6 +88,6 @@ def _norm(index: int, answered: Answered, result: NormResult, contract: NormCont
     found = read_quantised(index, result.quantised, codec, *terms.shape[1:])
     if isinstance(found, Mismatch):
         return found, worst
-    mine = Logical(found.codes[share], found.values[share], found.scales[share])
+    mine = Logical(found.codes[share], found.scales[share], codec.payload)
     mismatch = _quantised(index, result.output[share], mine, codec, None)
     return None if mismatch is None else placed(mismatch, share, terms.shape[1]), worst

@@ -77,8 +77,6 @@ class RowProgram:
             found = results[index]
             mismatch = self._side_effects(index, handed[index], pristine[index], found, kept[index])
             mismatch = mismatch or differing.get(index)
-            if mismatch is None and self._cell.mode == "drained":
-                mismatch = row_count.mismatch(index, self._operation, self._contract, pristine[index], found)
             if mismatch is None and eager:
                 mismatch = _laid_out_otherwise(index, found, eager[index])
             if mismatch is None:
@@ -97,7 +95,19 @@ class RowProgram:
                 worst = max(worst, ratio)
             if mismatch is not None:
                 return mismatch, worst
+        if self._cell.mode == "drained":
+            return self._calls_of_fewer_rows(pristine, results), worst
         return None, worst
+
+    def _calls_of_fewer_rows(
+        self, pristine: list[RowInputs], results: list[QuantResult | NormResult]
+    ) -> Mismatch | None:
+        """Last, because it calls the operator again."""
+        for index, (given, found) in enumerate(zip(pristine, results, strict=True)):
+            mismatch = row_count.mismatch(index, self._operation, self._contract, given, found)
+            if mismatch is not None:
+                return mismatch
+        return None
 
     def _buffers(self, case: RowCase) -> OutBuffers | None:
         """Buffers for the calls that write to ours."""

@@ -63,6 +63,9 @@ def fp4_bytes(value: torch.Tensor) -> torch.Tensor:
 def mean_square(value: torch.Tensor) -> torch.Tensor:
     """Mean of the squares of rows, kept as a last dimension of 1; half onto half, as no thread order is promised."""
     total = value * value
+    if torch.compiler.is_compiling():
+        # TorchInductor 2.11 gives wrong sums for the loop below when a compiled function meets another width.
+        return total.mean(-1, keepdim=True)
     while total.shape[-1] > 1:
         half = (total.shape[-1] + 1) // 2
         total = total[..., :half] + torch.nn.functional.pad(total[..., half:], (0, 2 * half - total.shape[-1]))
