@@ -23,6 +23,9 @@ from conformance.row_cases import Call, Mode, Pattern, RowCase, RowCell
 from conformance.selftest.rank import scenarios_rows
 from conformance.selftest.reference import ranks
 from conformance.selftest.suite.row_cells import NORMAL, row_cell
+from reference.codecs import STANDARD
+from reference.quantisation import accepted_values
+from reference.rounding import encode
 
 MODULE = scenarios_rows.__name__
 
@@ -206,3 +209,27 @@ def test_a_wrong_code_is_named_with_its_call() -> None:
     found(mismatch, "quantise.codes", 1)
     assert mismatch is not None
     assert (mismatch.token, mismatch.element) == (2, 9)
+
+
+class Undecided(Quantiser):
+    """Takes the upper end of what an approximate reciprocal allows when there are four rows, else the lower one."""
+
+    codec = STANDARD["token_hip_fnuz"]
+
+    def quantise(self, rows: torch.Tensor, *, out: QuantResult | None = None, **given: Any) -> QuantResult:
+        result = super().quantise(rows, **given)
+        accepted = accepted_values(rows, result.scales.double(), self.codec)
+        result.codes = encode(accepted.upper if rows.shape[0] == 4 else accepted.lower, self.codec.payload).byte()
+        return result
+
+
+def test_codes_that_depend_on_the_number_of_rows() -> None:
+    cell = row_cell("token_hip_fnuz")
+    context = RankContext(0, 1, torch.device("cpu"), None, "gfx942")  # type: ignore[arg-type]
+    program = RowProgram(context, Undecided(cell, nothing), QuantContract(Undecided.codec), "reference", cell)
+    ties = Pattern("ties")
+    for rows, wrong in ((3, False), (4, True), (5, False)):
+        mismatch, _ = program.run(RowCase(cell, (Call(rows, (ties,)),)), lambda _name, _index: None)
+        assert (mismatch is not None) == wrong
+        if mismatch is not None:
+            assert "among 4 than among 2" in found(mismatch, "quantise.row_count", 0)
