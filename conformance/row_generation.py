@@ -75,8 +75,8 @@ def takes(contract: RowContract, case: RowCase) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------- the ladder
-def ladder(cell: RowCell, contract: RowContract) -> Iterator[RowCase]:
-    """Cases that every run of the cell begins with, the same in every run."""
+def ladder(cell: RowCell, contract: RowContract, *, short: bool = False) -> Iterator[RowCase]:
+    """Cases that every run of the cell begins with, the same in every run; ``short`` leaves out the kinds of rows."""
     traits = _traits(cell, contract)
     if cell.check == "codecs":
         yield from _every_code(cell)
@@ -84,9 +84,15 @@ def ladder(cell: RowCell, contract: RowContract) -> Iterator[RowCase]:
     normal = Pattern("normal", seed=1)
     for rows in _row_ladder(cell, traits):
         yield _single(cell, traits, rows, (normal, Pattern("row_scaled", seed=2)))
-    for kind in traits.kinds:
+    for kind in traits.kinds if not short else ():
         # A row of another kind beside it must not feel it.
         yield _single(cell, traits, min(_FEW, cell.capacity), (Pattern(kind, seed=3), normal))
+    if cell.family is Family.QUANTISE:
+        # Scales at and beside as many powers of two as there are groups.
+        for seed in (6, 7, 8):
+            yield _single(cell, traits, cell.capacity, (Pattern("powers", seed=seed),))
+        # Codes at midpoints, where the least difference between the paths of few and many rows shows.
+        yield _single(cell, traits, cell.capacity, (Pattern("ties", seed=9),))
     if traits.num_rows:
         rows = min(cell.capacity, 9)
         for count in sorted({0, 1, rows - 1, rows}):
@@ -109,8 +115,11 @@ def _single(cell: RowCell, traits: _Traits, rows: int, patterns: tuple[Pattern, 
 
 
 def _row_ladder(cell: RowCell, traits: _Traits) -> list[int]:
-    """Nothing, one row, an odd number, the capacity, and both sides of every boundary."""
-    sides = [b + d for b in traits.boundaries for d in (-1, 0, 1)]
+    """Nothing, one row, an odd number, the capacity, and both sides of every boundary.
+
+    Two row counts beyond it, because ranks share the rows: what divides them evenly leaves no tail.
+    """
+    sides = [b + d for b in traits.boundaries for d in (-1, 0, 1, 2)]
     least = 0 if traits.empty else 1
     return sorted({rows for rows in (0, 1, 3, cell.capacity, *sides) if least <= rows <= cell.capacity})
 

@@ -25,10 +25,12 @@ Values = npt.NDArray[Any]
 _TOP = {"bfloat16": 127, "float16": 15, "float32": 127}
 #: Squares of so many as a row holds, summed over ranks, stay finite in float32.
 NORM_TOP = 50
-#: So many rows of a call differ; a prime, so that no tile of a kernel sees the same ones again.
-DISTINCT = 4093
+#: So many rows of a call differ; a prime, so that a row that is off by a tile or a power of two is another one.
+DISTINCT = 251
 #: What lies in the rows beyond num_rows, in turn.
 _POISON = (math.nan, 1e30)
+#: Stands for a rank in the values that ranks share.
+_EVERY_RANK = 1 << 18
 _SUBNORMAL = {"bfloat16": 2.0**-133, "float16": 2.0**-24, "float32": 2.0**-149}
 _STEP = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
 
@@ -163,13 +165,21 @@ def _zero_group(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values
 
 
 def _powers(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
-    """Powers of two and their neighbours, the largest of each group among them."""
+    """Powers of two and their neighbours, and another power for each group.
+
+    The largest of a group in three is one of them; that of the others is the maximum times a power of two, or a
+    neighbour of it, so that the scale is a power of two or the next number. Which group is which changes with the seed.
+    """
     generator = _generator(pattern, index, rank)
-    step = _STEP[shape.dtype]
+    blocks, step = _blocks(shape), _STEP[shape.dtype]
     mantissa = generator.choice([1.0, 1 + step, 1 - step / 2], shape.hidden)
-    exponent = generator.integers(-9, 1, shape.hidden) + _blocks(shape) % 3
-    made: Values = np.ldexp(mantissa * generator.choice([-1.0, 1.0], shape.hidden), exponent)
-    return made
+    signs, exponent = generator.choice([-1.0, 1.0], shape.hidden), generator.integers(-9, 1, shape.hidden)
+    made = np.ldexp(mantissa * signs, exponent)
+    which = (index + blocks + pattern.seed + 1) % 3
+    lead = (np.arange(shape.hidden) % shape.group == pattern.position % min(shape.group, shape.hidden)) & (which > 0)
+    made = np.where(lead, shape.maximum * np.where(which == 1, 1.0, mantissa) * signs, made)
+    scaled: Values = np.ldexp(made, (index * 7 + blocks * 5 + 30) % 61 - 30)
+    return scaled
 
 
 def _ties(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
@@ -181,9 +191,15 @@ def _ties(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
 
 
 def _wide(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:
+    """Magnitudes far apart. Half of the elements cancel over four ranks or more: what the small ones leave in a float32
+    sum depends on its order."""
     generator = _generator(pattern, index, rank)
     made: Values = np.ldexp(generator.standard_normal(shape.hidden), generator.integers(-20, 21, shape.hidden))
-    return made
+    shared = _generator(pattern, index, _EVERY_RANK)
+    cancels = shared.random(shape.hidden) < 0.5
+    large = np.ldexp(shared.uniform(1, 2, shape.hidden), 12 if shape.dtype == "float16" else 20)
+    sign = {0: 1.0, 3: -1.0}.get(rank % 4, 0.0)
+    return np.where(cancels, sign * large if sign else generator.standard_normal(shape.hidden), made)
 
 
 def _huge(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values:

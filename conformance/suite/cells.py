@@ -19,6 +19,7 @@ class PlannedCell:
     examples: int
     claimed: bool
     companion: bool = False
+    short: bool = False  # the ladder of a row operator leaves out the kinds of rows, which another of its cells has
     seconds: float = math.inf  # explore: how long to go on drawing batches
 
 

@@ -106,12 +106,12 @@ class Harness:
         contract = made.contract(planned.cell.problem(), planned.cell.kernel_type)
         tally = Tally()
         with self._cell(planned, made, tally):
-            for case in kinds.fixed_cases(planned.cell, contract):
+            for case in kinds.fixed_cases(planned, contract):
                 self._examine(planned, made, case, tally)
             parts = kinds.drawn_parts(planned.cell, contract, planned.examples)
             for name, examples, strategy in parts:
                 self._draw(planned, strategy, examples, name, lambda case: self._examine(planned, made, case, tally))
-            missing = kinds.required(planned.cell, contract, parts) - tally.classes
+            missing = kinds.required(planned, contract, parts) - tally.classes
             if missing and tally.failure is None:  # a finding ends the drawing early
                 raise MistrustedError(f"no case of {planned.cell.label} has: {', '.join(sorted(missing))}")
 

@@ -19,15 +19,16 @@ from conformance.generation import cases, strata
 from conformance.row_cases import RowCase, RowCell
 from conformance.row_generation import RowContract, ladder, row_cases, takes
 from conformance.suite import coverage, row_coverage
+from conformance.suite.cells import PlannedCell
 from reference.problem import ProblemError
 
 Part = tuple[str, int, SearchStrategy[Any]]
 
 
-def fixed_cases(cell: AnyCell, contract: object) -> Iterator[AnyCase]:
+def fixed_cases(planned: PlannedCell, contract: object) -> Iterator[AnyCase]:
     """Cases that every run of a cell begins with."""
-    if isinstance(cell, RowCell):
-        yield from ladder(cell, _row_contract(contract))
+    if isinstance(planned.cell, RowCell):
+        yield from ladder(planned.cell, _row_contract(contract), short=planned.short)
 
 
 def drawn_parts(cell: AnyCell, contract: object, examples: int) -> list[Part]:
@@ -43,10 +44,11 @@ def classes(case: AnyCase) -> tuple[str, ...]:
     return row_coverage.classes(case) if isinstance(case, RowCase) else coverage.classes(case)
 
 
-def required(cell: AnyCell, contract: object, parts: list[Part]) -> frozenset[str]:
+def required(planned: PlannedCell, contract: object, parts: list[Part]) -> frozenset[str]:
     """Classes without which a cell's checks mean nothing."""
+    cell = planned.cell
     if isinstance(cell, RowCell):
-        return row_coverage.required(cell, empty=_row_contract(contract).takes_empty)
+        return row_coverage.required(cell, empty=_row_contract(contract).takes_empty, short=planned.short)
     return coverage.required(cell.world_size, masked=len(parts) > 1)
 
 

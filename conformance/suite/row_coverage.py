@@ -24,8 +24,12 @@ def classes(case: RowCase) -> tuple[str, ...]:
     return tuple(sorted(hit))
 
 
-def required(cell: RowCell, *, empty: bool) -> frozenset[str]:
-    """Classes without which a cell's checks mean nothing; ``empty`` if calls without rows are legal."""
+def required(cell: RowCell, *, empty: bool, short: bool = False) -> frozenset[str]:
+    """Classes without which a cell's checks mean nothing.
+
+    ``empty``: calls without rows are legal; ``short``: the kinds of rows are another cell's.
+    """
     if cell.check == "codecs":
         return frozenset({"rows every_code"})
-    return frozenset({"rows normal", "rows zero", "rows ties", *(("no rows",) if empty else ())})
+    own = {"rows normal", "rows row_scaled"} if short else {"rows normal", "rows zero", "rows ties"}
+    return frozenset(own | ({"no rows"} if empty else set()))

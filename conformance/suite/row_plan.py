@@ -28,6 +28,7 @@ class RowSlot:
     examples: dict[int, int]  # ranks -> cases
     dtype: str = "bfloat16"
     mode: Mode = "drained"
+    short: bool = False  # see PlannedCell
 
 
 _Q, _N, _A = Family.QUANTISE, Family.NORM, Family.ALLREDUCE_NORM
@@ -39,15 +40,15 @@ GATE = (
     RowSlot("quantise", _Q, 128, 17, {1: 6}),
     RowSlot("quantise", _Q, 200, 9, {1: 6}),
     RowSlot("quantise", _Q, 512, 9, {1: 6}, "float16"),
-    RowSlot("quantise", _Q, 256, 130, {1: 6}, mode="free-running"),
+    RowSlot("quantise", _Q, 256, 130, {1: 6}, mode="free-running", short=True),
     RowSlot("norm", _N, 256, 33, {1: 12}),
     RowSlot("norm", _N, 384, 9, {1: 6}, "float16"),
-    RowSlot("norm", _N, 8200, 3, {1: 2}),
-    RowSlot("norm", _N, 512, 130, {1: 6}, mode="free-running"),
+    RowSlot("norm", _N, 8200, 3, {1: 6}, short=True),
+    RowSlot("norm", _N, 512, 130, {1: 6}, mode="free-running", short=True),
     RowSlot("allreduce_norm", _A, 512, 1024, {2: 6, 4: 4, 8: 3}),
-    RowSlot("allreduce_norm", _A, 384, 64, {2: 6, 4: 4, 8: 3}),
-    RowSlot("allreduce_norm", _A, 4096, 40, {2: 3, 4: 2, 8: 1}),
-    RowSlot("allreduce_norm", _A, 512, 128, {2: 5, 4: 4, 8: 3}, mode="free-running"),
+    RowSlot("allreduce_norm", _A, 384, 64, {2: 10, 4: 8, 8: 6}, short=True),
+    RowSlot("allreduce_norm", _A, 4096, 40, {2: 5, 4: 4, 8: 2}, short=True),
+    RowSlot("allreduce_norm", _A, 512, 128, {2: 6, 4: 4, 8: 3}, mode="free-running", short=True),
     RowSlot("compiled", _N, 256, 9, {1: 2}),
     RowSlot("compiled", _A, 512, 9, {2: 2}),
 )
@@ -149,7 +150,7 @@ def _operator(
             slot.check, name, operator, family, world_size, slot.hidden, slot.capacity, slot.dtype, slot.mode
         )
         examples = slot.examples.get(world_size, min(slot.examples.values()))
-        yield PlannedCell(cell, examples, support.standing is Standing.CLAIMED, companion)
+        yield PlannedCell(cell, examples, support.standing is Standing.CLAIMED, companion, slot.short)
     if not planned and reasons:
         yield Unsupported(name, operator, world_size, 1, reasons[0])
 

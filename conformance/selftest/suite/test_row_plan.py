@@ -87,7 +87,7 @@ def test_every_cell_has_a_test_and_cases() -> None:
         if isinstance(planned.cell, RowCell):
             module = here / f"test_{planned.cell.check}.py"
             assert f'CHECK = "{planned.cell.check}"' in module.read_text()
-            first = next(iter(kinds.fixed_cases(planned.cell, contract_of(planned.cell))))
+            first = next(iter(kinds.fixed_cases(planned, contract_of(planned.cell))))
             assert isinstance(first, RowCase)
             validate_rows(first)
 
