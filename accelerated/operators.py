@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from reference.codecs import Codec
+from accelerated.contract import ContractError
+from reference.codecs import Codec, Granularity
 from reference.norm_numerics import NormNumerics
 from reference.problem import ProblemError
 
@@ -85,12 +86,14 @@ class QuantContract:
         takes_num_rows: a device row count may be given; rows from it on are then undefined and may be unwritten.
         takes_out: results go where the caller says.
         takes_empty: a call with no rows is legal. Where it is not, the library raises or launches an empty grid.
+        rows_alone: where scales are of a row or less, a row has the same codes whatever the number of rows.
     """
 
     codec: Codec
     takes_num_rows: bool = False
     takes_out: bool = False
     takes_empty: bool = True
+    rows_alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,9 @@ class NormContract:
         ranks_identical: every rank gets the same bits.
         boundaries: row counts m of which m and m + 1 take different paths; the suite runs both sides.
         takes_empty: a call with no rows is legal.
+
+    Raises:
+        ContractError: nothing is promised, or a fused quantiser whose scale covers several rows.
     """
 
     numerics: Callable[[int], NormNumerics]
@@ -118,6 +124,17 @@ class NormContract:
     boundaries: tuple[int, ...] = ()
     takes_empty: bool = True
     codecs: Callable[[int], Codec] | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.residual or self.element_output or self.codec):
+            raise ContractError("the norm promises no result; declare residual, element_output or codec")
+        if self.codec is not None and (
+            self.codec.static or self.codec.granularity not in (Granularity.TOKEN, Granularity.GROUP)
+        ):
+            raise ContractError(
+                f"a fused quantiser per {self.codec.granularity.value}, static={self.codec.static}, has no check yet; "
+                f"declare a dynamic one per token or per group"
+            )
 
     def codec_at(self, rows: int) -> Codec | None:
         """Quantiser of the output of a call with ``rows`` rows, or None."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from accelerated.contract import Standing, Support
 from accelerated.operators import Family, NormContract, NormResult, QuantContract, QuantResult, RowProblem
 from reference.codecs import STANDARD, Codec, Granularity, PayloadRule, ScaleFormat
-from reference.norm_numerics import NormInput, NormNumerics, QuantisedFrom, WeightProduct
+from reference.norm_numerics import NormInput, NormNumerics, QuantisedFrom, SumOrder, WeightProduct
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ _LOCAL = {
 }
 _REDUCED = {
     "fused": _Norm(_ROUNDED),
-    "fused_unrounded": _Norm(replace(_ROUNDED, round_reduced=False)),
+    "fused_unrounded": _Norm(replace(_ROUNDED, round_reduced=False, sum_order=SumOrder.ANY)),
     "fused_gemma": _Norm(replace(_ROUNDED, gemma=True)),
     "fused_no_residual": _Norm(_ROUNDED, residual=False),
     "split": _Norm(_ROUNDED, split=True),

@@ -15,7 +15,7 @@ import msgspec
 from accelerated.operators import Family, RowProblem
 
 Mode = Literal["drained", "free-running"]
-#: Contents of a row, plainest first; :mod:`conformance.rank.rows` makes them.
+#: Contents of a row, plainest first; :mod:`conformance.row_values` makes them.
 Kind = Literal[
     "zero",
     "one_hot",

@@ -265,7 +265,6 @@ _CHECK_ORDER = (
     "quantise.row_count",
     "norm.residual",
     "norm.output",
-    "norm.bias",
     "norm.scales",
     "norm.codes",
     "norm.ranks",

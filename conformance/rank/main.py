@@ -142,7 +142,7 @@ def _closed(session: RankSession, rank: int, sequence: int) -> Answer:
 
 
 def _answer(session: RankSession, rank: int, command: Build | Run | Canary) -> Answer:
-    from conformance.rank.session import BackendError
+    from conformance.rank.guard import BackendError
 
     try:
         if isinstance(command, Build):

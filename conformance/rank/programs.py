@@ -18,6 +18,7 @@ from accelerated.interface import Operation, RankContext, Received
 from conformance.cases import Case, Rows, expand
 from conformance.engine.protocol import Mismatch
 from conformance.rank.experts import LocalExperts, dense_experts
+from conformance.rank.guard import synchronise
 from conformance.rank.inputs import DTYPES, INTEGER_GRID, Inputs, round_inputs, stamp_of
 from conformance.rank.judge import (
     ExpectedResult,
@@ -182,8 +183,7 @@ class Program:
         return torch.where(valid.unsqueeze(1), self._experts(rows, ids, weights), torch.nan)
 
     def _synchronise(self) -> None:
-        if self._context.device.type == "cuda":
-            torch.cuda.synchronize(self._context.device)
+        synchronise(self._context.device)
 
     # ------------------------------------------------------------------ judging
     def _judge(

@@ -7,6 +7,8 @@ sums may be split otherwise.
 
 from __future__ import annotations
 
+import torch
+
 from accelerated.operators import (
     NormContract,
     NormOperation,
@@ -34,11 +36,13 @@ def mismatch(
     rows, columns = given.rows.shape
     if not isinstance(contract, QuantContract) or not isinstance(found, QuantResult):
         return None
-    if not _stands_alone(contract.codec) or rows < 2 or given.num_rows is not None:
+    if not contract.rows_alone or not _stands_alone(contract.codec) or rows < 2 or given.num_rows is not None:
         return None
     quantiser: QuantOperation = operation  # type: ignore[assignment]
     codec, half = contract.codec, (rows + 1) // 2
-    few = read_quantised(index, quantiser.quantise(given.rows[:half].clone(), scale=given.scale), codec, half, columns)
+    few = read_quantised(
+        index, quantiser.quantise(given.rows[:half].clone(), scale=_cloned(given.scale)), codec, half, columns
+    )
     many = read_quantised(index, found, codec, rows, columns)
     if isinstance(few, Mismatch) or isinstance(many, Mismatch):
         return few if isinstance(few, Mismatch) else None  # a malformed result is judged by itself
@@ -58,6 +62,10 @@ def mismatch(
         got=hex(int(many.codes[row, element])),
         wanted=hex(int(few.codes[row, element])),
     )
+
+
+def _cloned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 def _stands_alone(codec: Codec) -> bool:

@@ -27,6 +27,7 @@ from accelerated.operators import (
 )
 from conformance.engine.protocol import Mismatch
 from conformance.rank import row_count
+from conformance.rank.guard import backend_code, synchronise
 from conformance.rank.judge_rows import Answered, judge_call
 from conformance.rank.oracle_rows import judge_by_oracle
 from conformance.rank.out_buffers import OutBuffers
@@ -65,7 +66,10 @@ class RowProgram:
         terms = [self._terms(one.rows) for one in pristine]
         self._out = self._buffers(case)
         self._kept: list[dict[str, torch.Tensor]] = []
-        eager = self._eagerly(case, pristine) if case.cell.check == "compiled" else []
+        eager: list[NormResult] = []
+        if case.cell.check == "compiled":
+            phase("call", 0)
+            eager = self._eagerly(case, pristine)
         results = [self._call(index, call, handed[index], phase) for index, call in enumerate(case.calls)]
         self._synchronise()
         kept = self._kept
@@ -119,7 +123,8 @@ class RowProgram:
         """Results of the operator itself, before it is called compiled."""
         norm: NormOperation = self._operation  # type: ignore[assignment]
         calls = zip(case.calls, pristine, strict=True)
-        return [norm.normalise(g.rows.clone(), _cloned(g.residual), g.weight, call.epsilon) for call, g in calls]
+        handed = ((call, given.clone()) for call, given in calls)
+        return [norm.normalise(g.rows, g.residual, g.weight, call.epsilon) for call, g in handed]
 
     def _compile(self) -> Callable[..., NormResult]:
         """The operator under ``torch.compile``, compiled for the row counts that it specialises on."""
@@ -131,7 +136,8 @@ class RowProgram:
         for rows in sorted({least, 1, self._cell.capacity}):
             call = Call(rows, (Pattern("normal"),), residual=(Pattern("normal"),))
             given = self._inputs(call)
-            compiled(given.rows, given.residual, given.weight, call.epsilon)
+            with backend_code():
+                compiled(given.rows, given.residual, given.weight, call.epsilon)
         return compiled
 
     # ------------------------------------------------------------------ inputs
@@ -191,15 +197,16 @@ class RowProgram:
         else:
             norm: NormOperation = self._operation  # type: ignore[assignment]
             normalise = self._compiled or norm.normalise
-            result = normalise(given.rows, given.residual, given.weight, call.epsilon)
-        self._kept.append({name: tensor.clone() for name, tensor in tensors_of(result).items()})
+            with backend_code():
+                result = normalise(given.rows, given.residual, given.weight, call.epsilon)
+        with backend_code():
+            self._kept.append({name: tensor.clone() for name, tensor in tensors_of(result).items()})
         if self._cell.mode == "drained":
             self._synchronise()
         return result
 
     def _synchronise(self) -> None:
-        if self._context.device.type == "cuda":
-            torch.cuda.synchronize(self._context.device)
+        synchronise(self._context.device)
 
     # ------------------------------------------------------------------ what no model is needed for
     def _side_effects(
@@ -269,10 +276,6 @@ def _laid_out_otherwise(
     return None
 
 
-def _cloned(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.clone()
-
-
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides."""
     return tensor.clone(memory_format=torch.preserve_format)
@@ -287,7 +290,12 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _digest(tensor: torch.Tensor) -> torch.Tensor:
-    """A number that depends on every byte and its place: int64 arithmetic wraps around, the same everywhere."""
-    held = _bytes(tensor).long() + 1
-    place = torch.arange(held.numel(), device=held.device)
-    return (held * (place * 0x9E3779B97F4A7C1 + 0x3C6EF372FE94F82B)).sum()
+    """A number that depends on every byte and its place: int64 arithmetic wraps around, the same everywhere.
+
+    Every (place, byte) is mixed by itself before the sum, so that changes that cancel are no likelier than chance.
+    """
+    held = _bytes(tensor).long()
+    mixed = held + (torch.arange(held.numel(), device=held.device) << 8) + 1
+    for shift, factor in ((31, 0x7FB5D329728EA185), (27, 0x1DADEF4BC2DD44D), (33, 1)):
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    return mixed.sum() + held.numel()

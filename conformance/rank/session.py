@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,15 @@ from accelerated.registry import backend
 from conformance.cases import AnyCase, AnyCell, Case
 from conformance.engine.protocol import Mismatch
 from conformance.rank.experts import LocalExperts
+from conformance.rank.guard import backend_code, expect_tensor
 from conformance.rank.main import RankSetup
 from conformance.rank.programs import Program
 from conformance.rank.row_programs import RowProgram
 from conformance.row_cases import RowCase, RowCell
 
 
-class BackendError(Exception):
-    """The backend raised; its own exception is the cause."""
-
-
 class HarnessError(Exception):
     """Something of ours is inconsistent."""
-
-
-@contextmanager
-def _backend_code() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise BackendError(str(error)) from error
 
 
 class _Guarded:
@@ -54,7 +42,7 @@ class _Guarded:
         self._hidden, self._top_k = hidden, top_k
 
     def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
-        with _backend_code():
+        with backend_code():
             received = self._operation.prepare(rows, ids, weights)
             capacity = received.rows.shape[0]
             _expect("rows", received.rows, (capacity, self._hidden), rows.dtype)
@@ -65,20 +53,20 @@ class _Guarded:
             inner = received.source_map
 
             def guarded() -> torch.Tensor:
-                with _backend_code():
+                with backend_code():
                     return inner()
 
             received.source_map = guarded
         return received
 
     def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
-        with _backend_code():
+        with backend_code():
             combined = self._operation.finalize(expert_rows, received)
             _expect("output", combined.output, tuple(combined.output.shape), expert_rows.dtype)
             return combined
 
     def close(self) -> None:
-        with _backend_code():
+        with backend_code():
             self._operation.close()
 
 
@@ -96,15 +84,15 @@ class _GuardedQuantiser:
         num_rows: torch.Tensor | None = None,
         out: QuantResult | None = None,
     ) -> QuantResult:
-        with _backend_code():
+        with backend_code():
             result = self._operation.quantise(rows, scale=scale, num_rows=num_rows, out=out)
             _expect_kind("the quantiser's result", result, QuantResult)
-            _expect_kind("codes", result.codes, torch.Tensor)
-            _expect_kind("scales", result.scales, torch.Tensor)
+            expect_tensor("codes", result.codes, rows.device)
+            expect_tensor("scales", result.scales, rows.device)
             return result
 
     def close(self) -> None:
-        with _backend_code():
+        with backend_code():
             self._operation.close()
 
 
@@ -117,16 +105,20 @@ class _GuardedNorm:
     def normalise(
         self, rows: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float
     ) -> NormResult:
-        with _backend_code():
+        with backend_code():
             result = self._operation.normalise(rows, residual, weight, epsilon)
             _expect_kind("the norm's result", result, NormResult)
-            _expect_kind("output", result.output, torch.Tensor, optional=True)
-            _expect_kind("residual", result.residual, torch.Tensor, optional=True)
-            _expect_kind("quantised output", result.quantised, QuantResult, optional=True)
+            for name in ("output", "residual"):
+                if getattr(result, name) is not None:
+                    expect_tensor(name, getattr(result, name), rows.device)
+            if result.quantised is not None:
+                _expect_kind("quantised output", result.quantised, QuantResult)
+                expect_tensor("codes", result.quantised.codes, rows.device)
+                expect_tensor("scales", result.quantised.scales, rows.device)
             return result
 
     def close(self) -> None:
-        with _backend_code():
+        with backend_code():
             self._operation.close()
 
 
@@ -189,7 +181,7 @@ class RankSession:
         self._phase("build", 0)
         problem = cell.problem()
         contract = self._backend.contract(problem, cell.kernel_type)
-        with _backend_code():
+        with backend_code():
             built: Any = self._session.build(problem, cell.kernel_type)
         if isinstance(cell, RowCell):
             self._program = self._row_program(cell, built, contract)

@@ -179,9 +179,9 @@ def _check_sizes(options: Options, plan: Plan) -> None:
     mine = [p.cell for p in plan.cells if p.cell.backend in options.backends]
     able = {cell.world_size for cell in mine}
     local = bool(mine) and all(isinstance(c, RowCell) and c.family is not Family.ALLREDUCE_NORM for c in mine)
-    if local and not unable:
-        return  # local operators have no EP size
     missing = [size for size in options.ep_sizes if size not in able]
+    if local and missing and not any((name, missing[0]) in unable for name in options.backends):
+        return  # local operators have no EP size
     if missing and (options.ep_sizes_given or not able):
         name = next((n for n in options.backends if (n, missing[0]) in unable), options.backends[0])
         reason = unable.get((name, missing[0]), "it offers no such cell")

@@ -100,7 +100,7 @@ class Failure:
         (self.directory / "case.json").write_bytes(encode(self.minimal))
         (self.directory / "original.json").write_bytes(encode(self.original))
         if isinstance(self.minimal, RowCase):
-            for name, content in row_files(self.minimal, self.device, self.arch).items():
+            for name, content in row_files(self.minimal, self.device, self.arch, self.outcome.check).items():
                 (self.directory / name).write_bytes(content)
         else:
             (self.directory / "reproduce.py").write_text(script(self.minimal, self.device, self.arch))

@@ -1,8 +1,8 @@
-"""The stand-alone script of a row operator's failure: torchrun and a backend, nothing from the suite's engine.
+"""The stand-alone script of a row operator's failure: torchrun, a backend and the judge, and neither pools nor pytest.
 
 The script carries the rows themselves, as bytes beside it, calls the backend's operator directly, and compares what
-comes back with the reference's acceptance. What it does not reproduce: the check that failed, if that was not one of
-values; it shows what came back.
+comes back with the reference's acceptance. What it does not reproduce: a check that is not one of layout and values;
+then it says so and ends with status 2.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from accelerated.registry import backend
 from conformance.row_cases import RowCase
 from conformance.row_values import rows_of, shape_of, weight_of
 
+#: Checks that the script does not make.
+_NOT_MADE = ("inputs.", "outputs.", "compiled.", "norm.ranks", "quantise.row_count")
+
 _TEMPLATE = '''#!/usr/bin/env python
 """Case {case_id}: {label}
 
 Run: torchrun --standalone --nproc-per-node {world_size} reproduce.py [cpu|cuda]
 The device is {device} unless given, the architecture {arch} unless EP_ARCH names another. The rows are in inputs.npz.
-Every rank prints what it got and the worst element; exit status 1 if anything is outside what the reference accepts.
+Every rank prints what it got and the worst element; exit status 1 if anything is outside what the reference accepts,
+2 if nothing is and the check that failed ({check}) is one that this script does not make.
 """
 import os
 import sys
@@ -44,6 +48,8 @@ DEVICE = sys.argv[1] if len(sys.argv) > 1 else {device!r}
 ARCH = os.environ.get("EP_ARCH", {arch!r})
 # Drained: the host waits after every call. Otherwise nothing waits before the last call is over.
 DRAINED = {drained}
+# The check that failed is about side effects, other ranks or another call.
+NOT_MADE_HERE = {not_made_here}
 CALLS = {calls}
 
 
@@ -106,11 +112,13 @@ def main():
             bad = True
             print(f"rank {{rank}} call {{index}}: DIFFERS {{mismatch.text()}}", flush=True)
     print(f"rank {{rank}}: {{'DIFFERS' if bad else 'agrees'}}", flush=True)
+    if not bad and NOT_MADE_HERE:
+        print(f"{check} is not looked at here; replay the case through the suite", flush=True)
     dist.all_reduce(torch.zeros(1))
     operation.close()
     session.close()
     dist.destroy_process_group()
-    sys.exit(1 if bad else 0)
+    sys.exit(1 if bad else 2 if NOT_MADE_HERE else 0)
 
 
 if __name__ == "__main__":
@@ -118,8 +126,15 @@ if __name__ == "__main__":
 '''
 
 
-def row_files(case: RowCase, device: str = "cpu", arch: str = "gfx942") -> dict[str, bytes]:
-    """``reproduce.py`` of a case, which runs on ``device`` under the contract of ``arch``, and its ``inputs.npz``."""
+def row_files(case: RowCase, device: str = "cpu", arch: str = "gfx942", check: str = "") -> dict[str, bytes]:
+    """``reproduce.py`` of a case that failed ``check``, and its ``inputs.npz``.
+
+    Args:
+        case: the case.
+        device: where the script runs unless told otherwise.
+        arch: whose contract applies.
+        check: what failed.
+    """
     cell = case.cell
     contract = backend(cell.backend, arch).contract(cell.problem(), cell.operator)
     assert isinstance(contract, QuantContract | NormContract)
@@ -157,6 +172,8 @@ def row_files(case: RowCase, device: str = "cpu", arch: str = "gfx942") -> dict[
         backend=cell.backend,
         operator=cell.operator,
         drained=cell.mode == "drained",
+        check=check or "none",
+        not_made_here=check.startswith(_NOT_MADE) or any(call.into for call in case.calls),
         calls=pprint.pformat(calls, width=110, sort_dicts=False),
     )
     return {"reproduce.py": text.encode(), "inputs.npz": held.getvalue()}

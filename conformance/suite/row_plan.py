@@ -39,6 +39,7 @@ GATE = (
     RowSlot("quantise", _Q, 256, 33, {1: 16}),
     RowSlot("quantise", _Q, 128, 17, {1: 6}),
     RowSlot("quantise", _Q, 200, 9, {1: 6}),
+    RowSlot("quantise", _Q, 160, 9, {1: 4}, short=True),
     RowSlot("quantise", _Q, 512, 9, {1: 6}, "float16"),
     RowSlot("quantise", _Q, 256, 130, {1: 6}, mode="free-running", short=True),
     RowSlot("norm", _N, 256, 33, {1: 12}),
@@ -115,6 +116,8 @@ def row_cells(
         for operator in names:
             if operators and not companion and operator not in operators:
                 continue
+            if operators and not companion and not sizes:
+                yield Unsupported(name, operator, max(ep_sizes), 1, "it reduces over ranks; give --ep-sizes 2 or more")
             for world_size in sizes:
                 yield from _operator(name, backend, companion, family, operator, world_size, slots)
 
@@ -128,18 +131,18 @@ def _operator(
     world_size: int,
     slots: Sequence[RowSlot],
 ) -> Iterator[PlannedCell | Unsupported]:
-    planned, reasons = 0, []
+    planned, refused = 0, {}
     for slot in slots:
         if slot.family is not family:
             continue
         try:
             problem = RowProblem(family, world_size, slot.hidden, slot.capacity, slot.dtype)
         except ProblemError as error:
-            reasons.append(str(error))
+            refused[f"rows of {slot.hidden} {slot.dtype}"] = str(error)
             continue
         support = backend.support(problem, operator)
         if support.standing is Standing.REFUSED:
-            reasons.append(support.reason)
+            refused[f"rows of {slot.hidden} {slot.dtype}"] = support.reason
             continue
         if slot.check == "codecs" and not _is_static(backend.contract(problem, operator)):
             continue
@@ -151,8 +154,11 @@ def _operator(
         )
         examples = slot.examples.get(world_size, min(slot.examples.values()))
         yield PlannedCell(cell, examples, support.standing is Standing.CLAIMED, companion, slot.short)
-    if not planned and reasons:
-        yield Unsupported(name, operator, world_size, 1, reasons[0])
+    if refused and not planned:
+        yield Unsupported(name, operator, world_size, 1, next(iter(refused.values())))
+    elif refused:
+        sizes = ", ".join(refused)
+        yield Unsupported(name, operator, world_size, 1, f"{sizes}: {next(iter(refused.values()))}")
 
 
 def _compiled(backend: Backend) -> Sequence[str]:

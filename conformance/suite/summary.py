@@ -137,7 +137,9 @@ def _void_what_was_judged_wrongly(totals: Totals) -> None:
 
 
 def _subject(cell: AnyCell) -> str:
-    """What part of the reference a cell is judged by."""
+    """What part of the reference a cell is judged by; a compiler that is off says nothing about anything else."""
+    if isinstance(cell, RowCell) and cell.check == "compiled":
+        return cell.check
     return cell.family.value if isinstance(cell, RowCell) else "dispatch and combine"
 
 

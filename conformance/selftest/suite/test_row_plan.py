@@ -24,7 +24,7 @@ from conformance.row_cases import RowCase, RowCell, validate_rows
 from conformance.selftest.suite.row_cells import contract_of
 from conformance.selftest.suite.test_harness import options
 from conformance.suite import controller, kinds, row_plan
-from conformance.suite.cells import Plan, Unsupported
+from conformance.suite.cells import Plan
 from conformance.suite.plan import DEFAULT_EP_SIZES, make_plan
 from reference.catalogue import model_shapes
 
@@ -137,7 +137,12 @@ def test_what_is_refused_everywhere_is_told_and_what_is_refused_somewhere_is_lef
         {"token_fn": "no such device", "group128_fn 200": "ragged", "mxfp4_even": "unclaimed", "fused 512": "too wide"},
     )
     found = plan(("made", made, False))
-    assert found.unsupported == (Unsupported("made", "token_fn", 1, 1, "no such device"),)
+    told = {(u.kernel_type, u.world_size, u.reason) for u in found.unsupported}
+    assert told == {
+        ("token_fn", 1, "no such device"),
+        ("group128_fn", 1, "rows of 200 bfloat16: ragged"),
+        *(("fused", size, "rows of 512 bfloat16: too wide") for size in (2, 4, 8)),
+    }
     assert operators(found) == {"group128_fn", "mxfp4_even", "fused"}
     hidden = {p.cell.hidden for p in found.cells if p.cell.kernel_type == "group128_fn"}
     assert 200 not in hidden
