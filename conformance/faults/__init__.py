@@ -1,16 +1,22 @@
 """Seeded faults: backends with one known defect each, driven by the ordinary adapter through the stand-in.
 
-Scope: each is a library defect (a subclass of the double's operator), declares the contract of ``mori-standin`` and
-breaks it, and is named on the command line like any backend, e.g. ``--backend conformance.faults:dropped_row``. What
-catching them all does not prove: that the suite catches a defect of another kind.
+Scope: each is a library defect (a subclass of the double's operator, or a replaced function of the double), declares
+the contract of ``mori-standin`` or ``aiter-standin`` and breaks it, and is named on the command line like any backend,
+e.g. ``--backend conformance.faults:dropped_row``. What catching them all does not prove: that the suite catches a
+defect of another kind.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
+from accelerated.aiter_ops.backend import AiterBackend
 from conformance.faults.backends import faulty
 from conformance.faults.catalogue import FAULTS, PROCESS_FAULTS, Fault, Minimum
+from conformance.faults.row_catalogue import ROW_FAULTS
+from conformance.faults.row_fault import RowFault, RowMinimum
+from conformance.faults.row_replacements import faulty_rows
 
 dropped_row = partial(faulty, "dropped_row")
 duplicated_row = partial(faulty, "duplicated_row")
@@ -29,4 +35,11 @@ python_wait = partial(faulty, "python_wait")
 native_wait = partial(faulty, "native_wait")
 blocked_in_gloo = partial(faulty, "blocked_in_gloo")
 
-__all__ = ["FAULTS", "PROCESS_FAULTS", "Fault", "Minimum"]
+__all__ = ["FAULTS", "PROCESS_FAULTS", "ROW_FAULTS", "Fault", "Minimum", "RowFault", "RowMinimum"]
+
+
+def __getattr__(name: str) -> Callable[[str], AiterBackend]:
+    """The factory of a fault of the row operators."""
+    if name in ROW_FAULTS:
+        return partial(faulty_rows, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

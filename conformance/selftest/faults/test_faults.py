@@ -11,14 +11,16 @@ import pytest
 from hypothesis import strategies
 
 from accelerated.registry import backend
-from conformance.cases import Case, Explicit, Mode, Round
+from conformance.cases import Case, Explicit, Round
 from conformance.engine.driver import Driver, Limits
 from conformance.faults import FAULTS, PROCESS_FAULTS, Fault
+from conformance.row_cases import Mode
 from conformance.selftest.faults.conftest import LIMIT_S
 from conformance.suite import harness as harness_module
+from conformance.suite.cells import PlannedCell
 from conformance.suite.failure import ConformanceFailure, Failure
 from conformance.suite.harness import Harness
-from conformance.suite.plan import GATE, PlannedCell, cell_for, make_plan
+from conformance.suite.plan import GATE, cell_for, make_plan
 from conformance.verdicts import Verdict
 from reference.catalogue import KERNEL_TYPES, model_shapes
 from reference.problem import Problem
@@ -73,6 +75,7 @@ def assert_minimal(fault: Fault, planned: PlannedCell, failure: Failure) -> None
     """The failure is the fault's, at the fault's true minimum, and it was seen again on a fresh pool."""
     assert failure.outcome.key == (fault.verdict, fault.check)
     case, minimum = failure.minimal, fault.minimum
+    assert isinstance(case, Case)
     rounds = tuple(r.routing.rows for r in case.rounds if isinstance(r.routing, Explicit))
     cell = case.cell
     assert rounds == minimum.rounds
