@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from accelerated.contract import Standing
 from accelerated.interface import Backend
@@ -159,8 +162,14 @@ def make_plan(
                             if examples:
                                 cells.append(PlannedCell(found[0], examples, found[1], companion))
     # Wide cells first: they take longest, and neighbours of one width share a pool.
-    cells.sort(key=lambda p: (-p.cell.world_size, p.cell.backend, p.cell.kernel_type, p.cell.nodes, p.cell.label))
+    cells.sort(key=_turn)
     return Plan(tuple(cells), tuple(refused.values()))
+
+
+def _turn(planned: PlannedCell) -> tuple[Any, ...]:
+    cell = planned.cell
+    sizes = msgspec.structs.astuple(cell) if isinstance(cell, Cell) else (cell.label,)
+    return -cell.world_size, cell.backend, cell.kernel_type, cell.nodes, isinstance(cell, Cell), sizes
 
 
 def _topologies(ep_sizes: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,7 @@ from conformance.engine.driver import Driver, Limits
 from conformance.faults import FAULTS, PROCESS_FAULTS, Fault
 from conformance.row_cases import Mode
 from conformance.selftest.faults.conftest import LIMIT_S
-from conformance.suite import harness as harness_module
+from conformance.suite import kinds
 from conformance.suite.cells import PlannedCell
 from conformance.suite.failure import ConformanceFailure, Failure
 from conformance.suite.harness import Harness
@@ -123,7 +123,7 @@ def test_waiting_rank_is_caught_and_reduced_from_a_small_case(
     bad = Case(cell, (Round(Explicit((((0, 3),), ((2, 3),)))),))
     planned = PlannedCell(cell, 1, claimed=True)
     harness.replay(good, planned)  # the first case of a pool gets a longer limit, and a hang would use it up
-    monkeypatch.setattr(harness_module, "cases", lambda *_: strategies.just(bad))
+    monkeypatch.setattr(kinds, "cases", lambda *_: strategies.just(bad))
     _, failure = caught(harness, [planned])
     assert_minimal(fault, planned, failure)
     stacks = failure.outcome.stacks
