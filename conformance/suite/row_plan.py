@@ -45,13 +45,13 @@ GATE = (
     RowSlot("norm", _N, 256, 33, {1: 12}),
     RowSlot("norm", _N, 384, 9, {1: 6}, "float16"),
     RowSlot("norm", _N, 8200, 3, {1: 6}, short=True),
-    RowSlot("norm", _N, 512, 130, {1: 6}, mode="free-running", short=True),
+    RowSlot("norm", _N, 512, 130, {1: 4}, mode="free-running", short=True),
     RowSlot("allreduce_norm", _A, 512, 1024, {2: 6, 4: 4, 8: 3}),
     RowSlot("allreduce_norm", _A, 384, 64, {2: 10, 4: 8, 8: 6}, short=True),
     RowSlot("allreduce_norm", _A, 4096, 40, {2: 5, 4: 4, 8: 2}, short=True),
     RowSlot("allreduce_norm", _A, 512, 128, {2: 6, 4: 4, 8: 3}, mode="free-running", short=True),
-    RowSlot("compiled", _N, 256, 9, {1: 2}),
-    RowSlot("compiled", _A, 512, 9, {2: 2}),
+    RowSlot("compiled", _N, 256, 9, {1: 2}, short=True),
+    RowSlot("compiled", _A, 512, 9, {2: 2}, short=True),
 )
 SMOKE = (
     RowSlot("quantise", _Q, 256, 17, {1: 2}),
@@ -64,8 +64,8 @@ COMPANION = (
     RowSlot("quantise", _Q, 200, 9, {1: 3}),
     RowSlot("norm", _N, 256, 9, {1: 3}),
     RowSlot("allreduce_norm", _A, 512, 33, {2: 3, 4: 2, 8: 1}),
-    RowSlot("compiled", _N, 256, 9, {1: 2}),
-    RowSlot("compiled", _A, 512, 9, {2: 2}),
+    RowSlot("compiled", _N, 256, 9, {1: 2}, short=True),
+    RowSlot("compiled", _A, 512, 9, {2: 2}, short=True),
 )
 #: What a GPU gets on top: production sizes, hidden sizes that fusions have missed, many rows.
 HARDWARE = (
