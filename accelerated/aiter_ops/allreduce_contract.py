@@ -274,24 +274,24 @@ def _refusals(problem: RowProblem, operator: Operator, arch: Architecture) -> It
         )
     if arch.name == "gfx1250":
         if ranks > 4:
-            yield f"world_size is {ranks}; 'gfx1250 (MI450) custom allreduce only supports world_size <= 4'"
+            yield f"world_size is {ranks}; on gfx1250 there are four at most (custom_all_reduce.py:828)"
         if operator.kind != "all_reduce":
             yield "gfx1250's all-reduce module has no fused operator; the call would run another class's kernels"
     if operator.kind != "all_reduce" and ranks not in FUSED_WORLD_SIZES:
         yield (
             f"world_size is {ranks}; AITER has no fused kernel for it and falls back to separate ones, or throws "
-            "'fused allreduce rmsnorm: unsupported world_size=6' for FP8 per token (communicator_cuda.py); use split"
+            "for FP8 per token (communicator_cuda.py); use split"
         )
     if problem.hidden % pack:
         yield (
-            f"hidden is {problem.hidden}; the kernels move 16 bytes: 'custom allreduce currently requires input length "
-            f"to be multiple of {pack}' (custom_all_reduce.cuh:4107)"
+            f"hidden is {problem.hidden}; the kernels move 16 bytes at a time, which is a multiple of {pack} elements "
+            "(custom_all_reduce.cuh:4107)"
         )
     if operator.quantiser and ROW_BYTES[problem.dtype] != 2:
         routes = [route for _, route in _segments(problem, operator, arch.name)]
         # The per-token kernel is compiled for float32, the quantiser that its fallback calls is not.
         if operator.quantiser != "per_token" or any(route.separate_quantiser for route in routes):
-            yield f"dtype is {problem.dtype}; quant_kernel is not implemented for dtype fp32, give bfloat16 or float16"
+            yield f"dtype is {problem.dtype}; the quantising kernels have no such rows; give bfloat16 or float16"
     if operator.quantiser == "per_group" and problem.hidden % GROUP:
         yield f"hidden is {problem.hidden}; rows are cut into groups of {GROUP}, in the fallback, too"
     for first, route in _segments(problem, operator, arch.name):
@@ -308,13 +308,16 @@ def _refusals(problem: RowProblem, operator: Operator, arch: Architecture) -> It
 def _throws(problem: RowProblem, first: int, pack: int) -> str:
     packs = problem.hidden // pack
     if packs < 64:
-        what = f"fused allreduce rmsnorm: n too small, n_packs={packs} (need n_packs >= 64, i.e. n >= {64 * pack})"
+        what = f"rows of {packs} packs, where 64 are the fewest ({64 * pack} columns)"
         remedy = f"give a capacity of at most {first - 1}"
     elif packs > 2048:
-        what, remedy = "fused allreduce rmsnorm: n too large", f"give at most {2048 * pack} columns"
+        what, remedy = f"rows of {packs} packs, where 2048 are the most", f"give at most {2048 * pack} columns"
     else:
-        what, remedy = "MXFP4 fused kernel: unsupported shape", f"give at most {1024 * pack} columns"
-    return f"hidden is {problem.hidden}; calls with {first} rows throw '{what}' (custom_all_reduce.cuh); {remedy}"
+        what, remedy = (
+            f"rows of {packs} packs in the MXFP4 kernel, where 1024 are the most",
+            f"give at most {1024 * pack} columns",
+        )
+    return f"hidden is {problem.hidden}; calls with {first} rows throw at {what} (custom_all_reduce.cuh); {remedy}"
 
 
 def _unclaimed(problem: RowProblem, operator: Operator, arch: Architecture) -> Iterator[str]:

@@ -121,12 +121,9 @@ def _quantiser_refusals(problem: RowProblem, operator: str, arch: Architecture) 
     codec = numerics.QUANTISERS[operator].codec(FORMATS[arch.fp8.dtype], problem.hidden)
     hip = operator.startswith("hip.")
     if hip and ROW_BYTES[problem.dtype] != 2:
-        yield f"dtype is {problem.dtype}; module_quant is not implemented for dtype fp32, give bfloat16 or float16"
+        yield f"dtype is {problem.dtype}; the quantising kernels have no such rows; give bfloat16 or float16"
     if hip and codec.payload is E2M1 and arch.name == "gfx942":
-        yield (
-            "dynamic_per_group_scaled_quant: not support output type: fp4x2; gfx942 is built without it "
-            "(aiter/jit/core.py:938)"
-        )
+        yield ("dynamic_per_group_scaled_quant is built without fp4x2 on gfx942 (aiter/jit/core.py:938)")
     if codec.group and problem.hidden % codec.group:
         yield (
             f"hidden is {problem.hidden}; {operator} cuts rows into groups of {codec.group}, which must divide it: "
@@ -140,11 +137,11 @@ def _norm_refusals(problem: RowProblem, operator: str, arch: Architecture) -> It
     if not norm.group:
         return
     if ROW_BYTES[problem.dtype] != 2:
-        yield f"dtype is {problem.dtype}; quant_kernel is not implemented for dtype fp32, give bfloat16 or float16"
+        yield f"dtype is {problem.dtype}; the quantising kernels have no such rows; give bfloat16 or float16"
     if problem.hidden > numerics.HIP_NORM_COLUMNS:
         yield (
-            f"hidden is {problem.hidden}; grouped/shuffle rmsnorm dynamicquant supports "
-            f"hidden<={numerics.HIP_NORM_COLUMNS} (aiter/ops/rmsnorm.py:531)"
+            f"hidden is {problem.hidden}; norms with grouped scales end at {numerics.HIP_NORM_COLUMNS} "
+            "(aiter/ops/rmsnorm.py:531)"
         )
     if problem.hidden in _THREADS_OF_24:
         yield (

@@ -106,8 +106,5 @@ def _kind(quant_type: Any) -> str:
     else:
         found = _VALUES.get(getattr(quant_type, "value", quant_type))
     if found is None:
-        raise ValueError(
-            f"unsupported fused AR+RMSNorm quant_type={quant_type!r}; expected per_token, per_group/per_1x128, or "
-            "mxfp4/per_1x32"
-        )
+        raise ValueError(f"no fused quantiser is called {quant_type!r}; per_token, per_group and mxfp4 are")
     return found

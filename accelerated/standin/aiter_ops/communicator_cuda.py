@@ -71,8 +71,7 @@ class CudaCommunicator:
         n, size = weight_.numel(), input_.numel() * input_.element_size()
         if res_inp_.shape[-1] != n or input_.shape[-1] < n:
             raise RuntimeError(
-                "fused_allreduce_rmsnorm requires residual width == weight width, "
-                f"got residual_width={res_inp_.shape[-1]}, weight_width={n}"
+                f"the residual has {res_inp_.shape[-1]} columns and the rows {input_.shape[-1]} for a weight of {n}"
             )
         dense = is_weak_contiguous(input_) and is_weak_contiguous(res_inp_)
         if not dense or input_.shape[-1] != n or x_pad_to_multiple:
@@ -109,7 +108,7 @@ class CudaCommunicator:
             TypeError: the custom all-reduce is there but takes no such input: its None is unpacked.
         """
         if gemma_norm and quant_type != "per_token":
-            raise NotImplementedError("gemma_norm fused quant currently supports per-token FP8 only")
+            raise NotImplementedError("of the quantised forms only the one per token knows Gemma's weight")
         common = (input_, res_inp_, weight_, eps)
         if quant_type == "per_group":
             return self.fused_allreduce_rmsnorm_quant_per_group(

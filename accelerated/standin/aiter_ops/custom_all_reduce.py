@@ -56,16 +56,15 @@ class CustomAllreduce:
         self._IS_CAPTURING = False
         self.group, self.device = group, device
         self._data = data_group or group
-        assert dist.get_backend(group) != "nccl", "CustomAllreduce should be attached to a non-NCCL group."
+        assert dist.get_backend(group) != "nccl", "the custom all-reduce was given an NCCL group"
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         if self.world_size not in self._SUPPORTED_WORLD_SIZES:
             if self.world_size > 1:
-                _logger.warning("Custom allreduce is disabled due to an unsupported world size: %d", self.world_size)
+                _logger.warning("no custom all-reduce for %d ranks", self.world_size)
             return
         if get_gfx_runtime() == "gfx1250" and self.world_size > 4:
             raise RuntimeError(
-                "gfx1250 (MI450) custom allreduce only supports world_size <= 4, got "
-                f"world_size={self.world_size}. RCCL fallback is also not available on this platform."
+                f"{self.world_size} ranks on gfx1250, whose all-reduce has four at most and no RCCL behind it"
             )
         _assert_pure_tcp_store()
         self.disabled = False
@@ -175,7 +174,7 @@ class CustomAllreduce:
         if input.shape[-1] % group_size or per_thread & (per_thread - 1) or not 0 < per_thread <= 64:
             raise ValueError(f"per-group quant takes no group_size={group_size} at n={input.shape[-1]}")
         if self._packs(input) > 1024:
-            raise RuntimeError("per-group quant fused kernel: unsupported n")
+            raise RuntimeError(f"no fused kernel per group for {input.shape[-1]} columns")
         value, residual = self._rows_to_quantise(input, residual_inp, use_1stage)
         output = fused_norm.norm(value, weight, eps)
         codes, found = fused_norm.quantise_fp8(output, group_size, dtypes.fp8)
@@ -205,7 +204,7 @@ class CustomAllreduce:
         packs, size = self._packs(input), input.numel() * input.element_size()
         fits = packs % self.world_size == 0 and not (emit_bf16 and packs % 32) and size <= TWO_STAGE_BYTES
         if packs > 1024 or not (use_1stage or fits):
-            raise RuntimeError(f"MXFP4 fused kernel: unsupported shape m={input.shape[0]} n={columns}")
+            raise RuntimeError(f"no fused MXFP4 kernel for {input.shape[0]} x {columns}")
         self._require_fused()
         total = fused_norm.reduced(reduction.from_rank(reduction.gather(input, self._data)), input.dtype)
         add = fused_norm.add_stored if use_1stage else fused_norm.add_native
@@ -241,20 +240,20 @@ class CustomAllreduce:
         self._require_fused()
         m, n = input.shape[0], input.shape[-1]
         if packs < 64:
-            raise RuntimeError(f"fused allreduce rmsnorm: n too small, m={m} n={n} n_packs={packs}")
+            raise RuntimeError(f"no fused kernel for {m} x {n}: {packs} packs are too few")
         if packs > 2048:
-            raise RuntimeError(f"fused allreduce rmsnorm: n too large, m={m} n={n} n_loop={-(-packs // 512)}")
+            raise RuntimeError(f"no fused kernel for {m} x {n}: {packs} packs are too many")
 
     def _packs(self, input: torch.Tensor) -> int:
         pack = reduction.PACK_BYTES // input.element_size()
         if input.shape[-1] % pack:
-            raise RuntimeError(f"fused allreduce rmsnorm requires out_hidden_dim divisible by pack_size={pack}")
+            raise RuntimeError(f"the fused kernel writes {pack} columns at a time")
         self._require_fused()
         return input.shape[-1] // pack
 
     def _require_fused(self) -> None:
         if self.world_size not in FUSED:
-            raise RuntimeError(f"fused allreduce rmsnorm: unsupported world_size={self.world_size}")
+            raise RuntimeError(f"no fused kernel for {self.world_size} ranks")
         if get_gfx_runtime() == "gfx1250":
             raise RuntimeError("gfx1250's all-reduce has no fused kernel; the real library would run another class's")
 
@@ -289,5 +288,5 @@ def _assert_pure_tcp_store() -> None:
     while isinstance(store, stores.PrefixStore):
         store = store.underlying_store
     assert isinstance(store, stores.TCPStore), (
-        f"IPC metadata exchange requires a pure-TCP KV store (torch.distributed.TCPStore), got {type(store).__name__}."
+        f"the default group has a {type(store).__name__}; the handles travel through a TCPStore"
     )

@@ -125,10 +125,10 @@ def _check(out: torch.Tensor, rows: torch.Tensor, name: str) -> None:
     """The library's own checks, with its messages."""
     if out.dtype not in (dtypes.get_dtype_fp8(), dtypes.fp4x2):
         # FP8 of another architecture has no number in AITER's table of types.
-        raise AssertionError(f"Unsupported dtype: {out.dtype}")
+        raise AssertionError(f"no kernel writes {out.dtype}")
     if out.dtype == dtypes.fp4x2 and get_gfx_runtime() == "gfx942":
         raise RuntimeError(f"{name} not support output type: fp4x2")
     if rows.dtype not in (torch.float16, torch.bfloat16):
-        raise RuntimeError(f"{name} not implemented for dtype {rows.dtype}")
+        raise RuntimeError(f"{name} has no rows of {rows.dtype}")
     if not (rows.is_contiguous() and out.is_contiguous()):
         raise RuntimeError(f"{name}: input.is_contiguous() and out.is_contiguous() are wanted")

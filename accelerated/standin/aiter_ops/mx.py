@@ -27,7 +27,7 @@ def scale_bytes(amax: torch.Tensor, payload: tuple[int, float, int], mode: int =
     """
     exponent, maximum, mantissa = payload
     if mode not in (ROUND_DOWN, ROUND_UP, EVEN, CEIL):
-        raise ValueError(f"unknown mode {mode!r} (expected 0=RoundDown, 1=RoundUp, 2=Even, 3=Ceil)")
+        raise ValueError(f"rounding mode {mode!r}; the modes are 0 (down), 1 (up), 2 (even) and 3 (ceil)")
     if mode == EVEN:
         bits = (amax.view(torch.int32) + (1 << (22 - mantissa))) & 0x7F800000
         amax = bits.view(torch.float32)

@@ -44,7 +44,7 @@ class GroupCoordinator:
             ValueError: there is none, as with one rank (parallel_state.py:710).
         """
         if self.device_communicator is None:
-            raise ValueError("No device communicator found")
+            raise ValueError("the group has no device communicator")
         return self.device_communicator
 
     def destroy(self) -> None:
@@ -87,9 +87,7 @@ def init_distributed_environment(
         _state.backend = backend
         _state.world = GroupCoordinator(backend, rank if local_rank == -1 else local_rank, communicates=False)
         return
-    assert _state.world.world_size == dist.get_world_size(), (
-        "world group already initialized with a different world size"
-    )
+    assert _state.world.world_size == dist.get_world_size(), "the group of all ranks exists and has another size"
 
 
 def ensure_model_parallel_initialized(
@@ -106,7 +104,7 @@ def ensure_model_parallel_initialized(
     Raises:
         NotImplementedError: groups of another shape than all ranks together.
     """
-    assert _state.world is not None, "world group is not initialized"
+    assert _state.world is not None, "there is no group of all ranks yet"
     if tensor_model_parallel_size != _state.world.world_size or pipeline_model_parallel_size != 1:
         raise NotImplementedError("the double has one tensor-parallel group of all ranks")
     if _state.tp is None:
@@ -120,7 +118,7 @@ def model_parallel_is_initialized() -> bool:
 
 def get_tp_group() -> GroupCoordinator:
     """The tensor-parallel group."""
-    assert _state.tp is not None, "tensor model parallel group is not initialized"
+    assert _state.tp is not None, "there is no tensor-parallel group yet"
     return _state.tp
 
 

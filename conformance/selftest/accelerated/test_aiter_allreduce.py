@@ -235,7 +235,7 @@ def test_never_falls_back_silently(library: Library) -> None:
 def test_refused_before_anything_is_set_up(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="for 4 ranks, the group has 2"):
         build(library, world_size=4)
-    with pytest.raises(ContractError, match="n too small"):
+    with pytest.raises(ContractError, match="where 64 are the fewest"):
         build(library, hidden=64, capacity=100000)
     with pytest.raises(ContractError, match="unknown"):
         build(library, "other")

@@ -69,7 +69,7 @@ def per_1x32_f4_quant(
     """Torch reference of MXFP4; ``pack_dim=0`` packs the first dimension."""
     assert quant_dtype == dtypes.fp4x2
     if pack_dim == 0:
-        assert x.dim() == 2, "pack_dim=0 requires a 2D input tensor (K, N)"
+        assert x.dim() == 2, f"x has {x.dim()} dimensions; packing along the first takes two"
         x = x.T.contiguous()
     shape = x.shape
     blocks = x.view(-1, shape[-1]).view(-1, 32).float()
@@ -89,8 +89,8 @@ def per_block_quant_wrapper(block_shape: tuple[int, int] = (1, 128)) -> Callable
     def decorator(per_token_quant_func: Callable[..., Pair]) -> Callable[..., Pair]:
         def wrapper(x: torch.Tensor, scale: torch.Tensor | None = None, quant_dtype: torch.dtype = dtypes.i8) -> Pair:
             blk_m, blk_n = block_shape
-            assert x.shape[-1] % blk_n == 0, f"block size {blk_n} not match {x.shape[-1]}"
-            assert blk_m == 1, "only support 1xN block, TODO: support MxN"
+            assert x.shape[-1] % blk_n == 0, f"rows of {x.shape[-1]} elements are not cut into blocks of {blk_n}"
+            assert blk_m == 1, f"blocks have {blk_m} rows; they have one"
             m, n = x.shape
             codes, scales = per_token_quant_func(x.view(-1, blk_n), scale=scale, quant_dtype=quant_dtype)
             return codes.view(m, n), scales.view(m, n // blk_n)
@@ -135,7 +135,7 @@ def per_token_quant_hip(
 ) -> Pair:
     """Codes like ``x``, scales ``[..., 1]``; rows from the count on stay as they were in memory."""
     if scale is not None:
-        raise ValueError("unsupported: static per token quant")
+        raise ValueError("a scale was given to a quantiser that chooses its own")
     scales = device.empty((*x.shape[:-1], 1), torch.float32, x.device)
     codes = device.empty(tuple(x.shape), quant_dtype, x.device)
     dynamic_per_token_scaled_quant(codes, x, scales, num_rows=num_rows, num_rows_factor=num_rows_factor)
@@ -154,9 +154,9 @@ def per_group_quant_hip(
 ) -> Pair:
     """Scales ``[M, N / group_size]``; with ``transpose_scale`` the bytes of its transpose under the same shape."""
     if scale is not None:
-        raise ValueError("unsupported: static per token quant")
+        raise ValueError("a scale was given to a quantiser that chooses its own")
     scales = device.empty((*x.shape[:-1], x.shape[-1] // group_size), scale_type, x.device)
-    assert group_size in [32, 64, 128], f"unsupported group size {group_size=}, only support [32, 64, 128]"
+    assert group_size in [32, 64, 128], f"groups of {group_size}; the kernel has those of 32, 64 and 128"
     codes = device.empty(tuple(x.shape), quant_dtype, x.device)
     options: dict[str, Any] = {
         "shuffle_scale": transpose_scale,
@@ -181,21 +181,17 @@ def per_1x32_mx_quant_hip(
 ) -> Pair:
     """MXFP4, or FP8 with float32 (the default) or E8M0 scales of 32 elements."""
     m, n = x.shape
-    assert n % 32 == 0, f"n={n} must be divisible by 32"
+    assert n % 32 == 0, f"rows of {n} elements; groups are of 32"
     fp4 = quant_dtype == dtypes.fp4x2
     if not fp4 and quant_dtype != dtypes.get_dtype_fp8():
-        raise ValueError(
-            f"per_1x32_mx_quant_hip: unsupported quant_dtype {quant_dtype}, expected one of (dtypes.fp4x2, dtypes.fp8)"
-        )
+        raise ValueError(f"per_1x32_mx_quant_hip has no payload {quant_dtype}; fp4x2 and fp8 it has")
     kind = scale_type or (dtypes.fp8_e8m0 if fp4 else dtypes.fp32)
     if fp4 and kind != dtypes.fp8_e8m0:
-        raise ValueError(f"per_1x32_mx_quant_hip: fp4x2 output requires e8m0 scale; got scale_type={scale_type}")
+        raise ValueError(f"per_1x32_mx_quant_hip: fp4x2 goes with e8m0 scales, not with {scale_type}")
     if shuffle and kind == dtypes.fp32:
-        raise NotImplementedError(
-            "per_1x32_mx_quant_hip(quant_dtype=fp8, scale_type=fp32, shuffle=True) is not supported"
-        )
+        raise NotImplementedError("per_1x32_mx_quant_hip does not shuffle float32 scales")
     if scale is not None:
-        raise ValueError("unsupported: static per token quant")
+        raise ValueError("a scale was given to a quantiser that chooses its own")
     scales = device.empty(mx.padded(m, n // 32) if shuffle else (m, n // 32), kind, x.device)
     codes = device.empty((m, n // 2 if fp4 else n), quant_dtype, x.device)
     dynamic_per_group_scaled_quant(
@@ -212,10 +208,10 @@ def per_tensor_quant_hip(
     num_rows_factor: int = 1,
 ) -> Pair:
     """One scale ``(1,)``, computed or given."""
-    assert num_rows is None, "num_rows is not supported for per_tensor_quant_hip"
+    assert num_rows is None, "per_tensor_quant_hip takes all rows; give no num_rows"
     codes = device.empty(tuple(x.shape), quant_dtype, x.device)
     if quant_dtype not in (dtypes.get_dtype_fp8(), dtypes.i8):
-        raise ValueError(f"unsupported: {quant_dtype=}")
+        raise ValueError(f"no quantiser per tensor has payload {quant_dtype}")
     if scale is None:
         scale = device.empty((1,), torch.float32, x.device)
         dynamic_per_tensor_quant(codes, x, scale)
@@ -262,7 +258,7 @@ def dynamic_per_group_scaled_quant(
 ) -> None:
     """Raw entry (quant_kernels.cu:842). A one-byte scale type asks for E8M0."""
     if group_size not in (32, 64, 128):
-        raise RuntimeError("dynamic_per_group_scaled_quant only support group_size [32, 64 , 128]")
+        raise RuntimeError("dynamic_per_group_scaled_quant has groups of 32, 64 and 128")
     if input.shape[-1] % group_size:
         raise RuntimeError("dynamic_per_group_scaled_quant cols is not divisible by group_size")
     kernels.per_group(out, input, scales, group_size, shuffle_scale, num_rows, num_rows_factor)
@@ -281,6 +277,6 @@ def _pick(kind: Any, choices: dict[int, Callable[..., Any]]) -> Callable[..., An
         return a[0], None
 
     def refuse(*a: Any, **k: Any) -> Any:
-        raise NotImplementedError(f"unsupported quant type qType={kind!r}")
+        raise NotImplementedError(f"no quantiser for {kind!r}")
 
     return {QuantType.No.value: none, **choices}.get(kind.value, refuse)

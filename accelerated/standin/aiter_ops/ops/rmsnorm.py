@@ -23,7 +23,7 @@ def rms_norm_cu(out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, ep
 
 def fused_add_rms_norm_cu(input: torch.Tensor, residual_in: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
     """In place: ``residual_in`` takes the sum, ``input`` the norm; by the opus kernel."""
-    assert input.is_contiguous(), "rms_norm_opus: contiguous only"
+    assert input.is_contiguous(), "rms_norm_opus takes contiguous rows"
     _opus(input, input, residual_in, residual_in, weight, epsilon)
 
 
@@ -160,11 +160,9 @@ def _opus_norm(
     gemma: bool,
 ) -> torch.Tensor:
     """The same in the opus kernel's order: a row longer than the registers hold is read back rounded."""
-    assert input.dtype in (torch.float16, torch.bfloat16, torch.float32), (
-        f"rms_norm_opus: fp16/bf16/fp32 only, got {input.dtype}"
-    )
-    assert weight.dtype == input.dtype, "rms_norm_opus: weight dtype must match input"
-    assert weight.shape[-1] == input.shape[-1], "rms_norm_opus: weight length != hidden"
+    assert input.dtype in (torch.float16, torch.bfloat16, torch.float32), f"rms_norm_opus has no rows of {input.dtype}"
+    assert weight.dtype == input.dtype, f"rms_norm_opus: the weight is {weight.dtype}, the rows are {input.dtype}"
+    assert weight.shape[-1] == input.shape[-1], f"{weight.shape[-1]} weights, rows of {input.shape[-1]}"
     total, rounded = _added(input, residual_in, residual_out)
     if t5:
         total = rounded
@@ -188,8 +186,8 @@ def _opus(
     model_sensitive: int = 0,
     gemma: bool = False,
 ) -> None:
-    assert out.dtype == input.dtype, "rms_norm_opus: bad out"
-    assert out.is_contiguous(), "rms_norm_opus: bad out"
+    assert out.dtype == input.dtype, f"rms_norm_opus: out is {out.dtype}, the rows are {input.dtype}"
+    assert out.is_contiguous(), "rms_norm_opus writes contiguous rows"
     normed = _opus_norm(input, residual_in, residual_out, weight, epsilon, model_sensitive != 0, gemma)
     out.copy_(device.store(normed, out.dtype, get_gfx_runtime()))
 
@@ -214,7 +212,7 @@ def _quantised(
         kernels.write(out, device.fp8_codes(device.flush(normed * inverse), out.dtype))
         yscale.copy_(scale.view(yscale.shape))
         return
-    assert input.shape[-1] <= 8192, "grouped/shuffle rmsnorm dynamicquant supports hidden<=8192"
+    assert input.shape[-1] <= 8192, f"rows of {input.shape[-1]}; grouped scales end at 8192"
     if 4096 < input.shape[-1] <= 6144 and group % 24:
         raise RuntimeError(f"add_rmsnorm_quant group_size not support: {group}")
     normed = _hip_norm(input, residual_in, residual_out, weight, epsilon, False)
