@@ -63,7 +63,12 @@ def test_norms_are_claimed(operator: str, arch: str) -> None:
         ("hip.per_row", "gfx950", {}, "unknown quantise operator 'hip.per_row'; choose one of hip.per_tensor,"),
         ("hip.per_token", "gfx90a", {}, "unknown architecture 'gfx90a'"),
         ("rmsnorm", "gfx950", {}, "unknown quantise operator 'rmsnorm'"),
-        ("rmsnorm_dynamicquant_1x128", "gfx950", {"family": Family.NORM, "hidden": 16384}, "grouped scales end at 8192"),
+        (
+            "rmsnorm_dynamicquant_1x128",
+            "gfx950",
+            {"family": Family.NORM, "hidden": 16384},
+            "grouped scales end at 8192",
+        ),
         (
             "rmsnorm_dynamicquant_1x128",
             "gfx950",
