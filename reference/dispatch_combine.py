@@ -65,12 +65,14 @@ class CombineResult:
         terms: ``[W, n, H]`` float32, contribution of each destination rank, zero where there is none; the error bound
             follows from it.
         destinations: ``[n, W]`` bool.
+        beside: ``[W, n, B]`` float32 or None, what travelled along, zero where nothing came.
     """
 
     output: torch.Tensor
     weights: torch.Tensor | None
     terms: torch.Tensor
     destinations: torch.Tensor
+    beside: torch.Tensor | None = None
 
 
 def slot_owners(ids: torch.Tensor, experts_per_rank: int, world_size: int) -> torch.Tensor:
@@ -183,6 +185,7 @@ def combine(
     dispatched: Dispatched,
     weights: torch.Tensor | None = None,
     *,
+    beside: torch.Tensor | None = None,
     fold: str = "first",
     nodes: int = 1,
     group: dist.ProcessGroup,
@@ -193,6 +196,8 @@ def combine(
         expert_rows: ``[R, H]`` bfloat16 or float32, row i answers ``dispatched.rows[i]``.
         dispatched: what :func:`dispatch` returned.
         weights: ``[R, k]`` float32 in received-row layout, or None; given on all ranks or on none.
+        beside: ``[R, B]`` of an element type that float32 holds, or None: returned with the rows, not summed; given on
+            all ranks or on none.
         fold: position of a destination in the sum: its ``"first"`` or its ``"last"`` slot in the token's row.
         nodes: rounding levels; 1 rounds the sum over all destinations once, N > 1 rounds each node's partial sum and
             then the sum over nodes in ascending order (MoRI InterNodeV1, internode_v1.cpp:1365).
@@ -211,19 +216,25 @@ def combine(
     n, world_size = dispatched.destinations.shape
     if world_size % nodes:
         raise ValueError(f"nodes is {nodes}; it must divide the {world_size} ranks")
-    columns = [expert_rows, *([] if weights is None else [weights])]
+    columns = [column for column in (expert_rows, weights, beside) if column is not None]
     packed = torch.cat([_bytes(column) for column in columns], dim=1)
     returned = _exchange(packed, dispatched.receive_counts, dispatched.send_counts, group)
     unpack = _Unpacker(returned)
     rank, token = dispatched.send_index
-    terms = torch.zeros(world_size, n, expert_rows.shape[1], dtype=torch.float32, device=expert_rows.device)
-    terms[rank, token] = unpack.take(expert_rows).float()
+
+    def placed(like: torch.Tensor) -> torch.Tensor:
+        by_rank = torch.zeros(world_size, n, like.shape[1], dtype=torch.float32, device=like.device)
+        by_rank[rank, token] = unpack.take(like).float()
+        return by_rank
+
+    terms = placed(expert_rows)
     weight_sum = None
     if weights is not None:
         weight_sum = torch.zeros(n, weights.shape[1], dtype=torch.float32, device=weights.device)
         weight_sum.index_add_(0, token, unpack.take(weights))
     output = _fold_ranks(terms, dispatched.owners, fold, nodes, expert_rows.dtype)
-    return CombineResult(output.to(expert_rows.dtype), weight_sum, terms, dispatched.destinations)
+    along = None if beside is None else placed(beside)
+    return CombineResult(output.to(expert_rows.dtype), weight_sum, terms, dispatched.destinations, along)
 
 
 def _fold_ranks(terms: torch.Tensor, owners: torch.Tensor, fold: str, nodes: int, dtype: torch.dtype) -> torch.Tensor:

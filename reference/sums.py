@@ -51,7 +51,7 @@ def add_up(
     accumulate: Format = FLOAT32,
     order: SumOrder = SumOrder.ANY,
     count: torch.Tensor | None = None,
-    grid: float | None = None,
+    grid: float | torch.Tensor | None = None,
     may_flush: bool = False,
     stored: Format | None = None,
 ) -> Interval:
@@ -65,7 +65,7 @@ def add_up(
             ``grid`` are not looked at.
         count: how many terms are not exact zeros, broadcastable to the result; all, if None.
         grid: promise that every term, and so every result, is a multiple of this power of two; makes sums exact where
-            they fit the significand.
+            they fit the significand. A tensor, broadcastable to the result, promises it element by element, 0 nothing.
         may_flush: float32 subnormals may be taken for zero at every step.
         stored: format that the sum is rounded to in the end; ``accumulate``, if None.
     """
@@ -183,7 +183,9 @@ def _in_declared_order(terms: Interval, accumulate: Format, order: SumOrder, may
     return found
 
 
-def _slack(terms: Interval, dim: int, count: torch.Tensor, accumulate: Format, grid: float | None) -> torch.Tensor:
+def _slack(
+    terms: Interval, dim: int, count: torch.Tensor, accumulate: Format, grid: float | torch.Tensor | None
+) -> torch.Tensor:
     """How far the operands of the last addition, summed exactly, may be from the exact sum of the terms.
 
     Zero where every partial sum is exact: at most two terms, or terms that are multiples of ``grid`` with partial sums

@@ -1,0 +1,25 @@
+"""The specification of the whole layer on 1, 2, 3 and 8 gloo ranks.
+
+Scope: see the scenario module; all its scenarios run in one spawn per number of ranks. A pass proves nothing about NCCL
+or RCCL, or about devices.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conformance.selftest.reference import ranks, scenarios_layer
+
+MODULES = (scenarios_layer.__name__,)
+
+
+@pytest.mark.parametrize("size", [8, 3, 2, 1])
+def test_scenarios(size: int, tmp_path: Path) -> None:
+    problems = ranks.failures(ranks.run(size, MODULES, tmp_path), MODULES)
+    assert not problems, problems
+
+
+def test_inventory_is_complete() -> None:
+    assert [len(ranks.scenarios_of(module)) for module in MODULES] == [11]
