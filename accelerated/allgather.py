@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from accelerated import wires
 from accelerated.contract import Accumulation, Contract, MaskedSlots, ReceiveLayout, RowOrder, Standing, Support
 from accelerated.interface import Combined, Received
 
@@ -87,18 +88,24 @@ class AllGatherSession:
 
 
 class AllGatherOperation:
-    """One collective per call. Each rank's block holds rows, ids, weights and the count, in this order."""
+    """One collective per call. Each rank's block holds rows, ids, weights, scales and the count, in this order.
+
+    With a wire format rows and scales travel as bytes.
+    """
 
     def __init__(self, context: RankContext, problem: Problem) -> None:
         import torch
 
-        self._group = context.group
+        self._group, self._problem = context.group, problem
         self._ranks, self._capacity = problem.world_size, problem.capacity
         slots = (problem.capacity, problem.top_k)
+        columns, _ = wires.row_shape(problem)
+        groups, scale_bytes = wires.scale_shape(problem)
         sections = [
-            ((problem.capacity, problem.hidden), getattr(torch, problem.dtype)),
+            ((problem.capacity, columns), torch.uint8 if problem.wire else getattr(torch, problem.dtype)),
             (slots, torch.int32),
             (slots, torch.float32),
+            ((problem.capacity, groups * scale_bytes), torch.uint8),
             ((1, 1), torch.int32),
         ]
         starts, end = [], 0
@@ -111,21 +118,27 @@ class AllGatherOperation:
         self._blocks = torch.empty(problem.world_size * end, dtype=torch.uint8, device=device)
         mine, all_ = self._block.view(1, end), self._blocks.view(problem.world_size, end)
         views = [(_section(mine, at, *s)[0], _section(all_, at, *s)) for at, s in zip(starts, sections, strict=True)]
-        (self._rows, self._ids, self._weights, self._count) = (view[0] for view in views)
-        (self._all_rows, self._all_ids, self._all_weights, self._all_counts) = (view[1] for view in views)
+        (self._rows, self._ids, self._weights, self._scales, self._count) = (view[0] for view in views)
+        (self._all_rows, self._all_ids, self._all_weights, self._all_scales, self._all_counts) = (
+            view[1] for view in views
+        )
         self._tokens = torch.arange(problem.capacity, dtype=torch.int32, device=device)
         self._round: torch.Tensor | None = None
         self._sent = 0
 
-    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+    def prepare(
+        self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> Received:
         """Gather ``rows [n, H]``, ``ids [n, k]`` and ``weights [n, k]`` of all ranks; 1 collective, no host sync.
+
+        With a wire format rows are its codes, and ``scales [n, G]`` are gathered, too.
 
         Returns:
             Fresh ``[W·M, ...]`` tensors whose first ``count`` rows ascend by (source rank, token).
 
         Raises:
             RuntimeError: the round before is not finalised.
-            ValueError: more tokens than the capacity.
+            ValueError: more tokens than the capacity, or rows or scales that are not of the wire.
         """
         import torch
 
@@ -134,7 +147,10 @@ class AllGatherOperation:
         sent = rows.shape[0]
         if sent > self._capacity:
             raise ValueError(f"{sent} tokens; the capacity is {self._capacity}")
-        self._rows[:sent].copy_(rows)
+        wires.check(self._problem, rows, scales)
+        self._rows[:sent].copy_(wires.as_bytes(rows) if self._problem.wire else rows)
+        if scales is not None:
+            self._scales[:sent].copy_(wires.as_bytes(scales))
         self._ids[:sent].copy_(ids)
         self._weights[:sent].copy_(weights)
         self._count.fill_(sent)
@@ -151,13 +167,15 @@ class AllGatherOperation:
             n = int(total)
             return torch.stack((rank[:n], token[:n]), dim=1)
 
+        all_rows = self._all_rows[rank, token]
         return Received(
-            rows=self._all_rows[rank, token],
+            rows=all_rows.view(rows.dtype) if self._problem.wire else all_rows,
             ids=self._all_ids[rank, token],
             weights=self._all_weights[rank, token],
             count=total,
             source_map=source_map,
             state=order,
+            scales=None if scales is None else self._all_scales[rank, token].view(scales.dtype),
         )
 
     def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
@@ -180,9 +198,13 @@ class AllGatherOperation:
         hidden = expert_rows.shape[1]
         spread = expert_rows.new_empty(order.shape[0], hidden)
         spread.index_copy_(0, order[: expert_rows.shape[0]], expert_rows)
-        output = expert_rows.new_empty(self._capacity, hidden)
+        return Combined(self._reduced(spread)[: self._sent], None)
+
+    def _reduced(self, spread: torch.Tensor) -> torch.Tensor:
+        """This rank's part ``[M, H]`` of the sum over ranks of ``spread [W·M, H]``."""
+        output = spread.new_empty(self._capacity, spread.shape[1])
         _reduce_scatter(output, spread, self._group)
-        return Combined(output[: self._sent], None)
+        return output
 
     def close(self) -> None:
         """Nothing outlives the tensors."""

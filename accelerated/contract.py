@@ -75,6 +75,8 @@ class Contract:
         node_levels: True if partial sums are rounded per node and summed again over nodes in ascending node id.
         combines_weights: True if finalize also returns the unweighted sum of the weight rows.
         source_map: True if the backend reports (source rank, token) of every received row.
+        exact_rows: True if received tensors end with their last valid row; else they have W·capacity rows, valid or
+            not.
     """
 
     receive_layout: ReceiveLayout
@@ -85,6 +87,7 @@ class Contract:
     node_levels: bool = False
     combines_weights: bool = True
     source_map: bool = True
+    exact_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.fold not in ("first", "last"):

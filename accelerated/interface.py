@@ -45,13 +45,15 @@ class Received:
     """What prepare hands to the experts. Tensors may be views of persistent buffers: clone what must outlive the round.
 
     Attributes:
-        rows: ``[R, H]`` in the problem's dtype; rows from ``count`` on are undefined.
+        rows: ``[R, H]`` in the problem's dtype, or codes in its wire format: ``[R, H]`` FP8, ``[R, H / 2]`` packed
+            FP4. Rows from ``count`` on are undefined.
         ids: ``[R, k]`` int32 global expert ids, the source token's whole row verbatim.
         weights: ``[R, k]`` float32, the source token's whole row verbatim.
         count: ``[1]`` int32 on the device, number of valid rows.
         source_map: host-synchronising call giving ``[count, 2]`` int64 (source rank, token), or None. To be called
             after prepare and before finalize.
         state: private to the backend.
+        scales: ``[R, G]`` of the wire format, float32 or E8M0 bytes, the source token's verbatim; None without one.
     """
 
     rows: torch.Tensor
@@ -60,6 +62,7 @@ class Received:
     count: torch.Tensor
     source_map: Callable[[], torch.Tensor] | None = None
     state: object = field(default=None, repr=False)
+    scales: torch.Tensor | None = None
 
 
 @dataclass
@@ -73,8 +76,13 @@ class Combined:
 class Operation(Protocol):
     """One dispatch/combine operator of fixed geometry, alive until :meth:`close`."""
 
-    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
-        """Dispatch ``rows [n, H]``, ``ids [n, k]`` int32, ``weights [n, k]`` float32. Collective, without host sync."""
+    def prepare(
+        self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> Received:
+        """Dispatch ``rows [n, H]``, ``ids [n, k]`` int32, ``weights [n, k]`` float32. Collective, without host sync.
+
+        With a wire format rows are its codes and ``scales [n, G]`` go with them.
+        """
 
     def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
         """Sum ``expert_rows [R, H]`` back to their sources; row i answers received row i. Collective, no host sync."""

@@ -28,6 +28,9 @@ class Family(enum.Enum):
     QUANTISE = "quantise"
     NORM = "norm"  # RMSNorm of local rows, with or without residual and quantised output
     ALLREDUCE_NORM = "allreduce_norm"  # the same on the sum over ranks
+    ROUTE = "route"  # expert ids and weights from router logits; see accelerated.routers
+    EXPERTS = "experts"  # the experts of one rank; see accelerated.experts
+    SORT = "sort"  # (token, slot) pairs ordered by local expert; see accelerated.experts
 
 
 #: Element types of rows, with their size in bytes.

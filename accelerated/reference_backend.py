@@ -5,17 +5,19 @@ What a pass does not prove: anything about an accelerated library.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from accelerated import reference_rows
+from accelerated import reference_experts, reference_routers, reference_rows
 from accelerated.contract import Contract, MaskedSlots, ReceiveLayout, RowOrder, Standing, Support
-from accelerated.operators import NormContract, QuantContract, RowProblem
+from accelerated.experts import ExpertContract, ExpertProblem
+from accelerated.operators import Family, NormContract, QuantContract, RowProblem
 
 if TYPE_CHECKING:
     import torch
 
     from accelerated.interface import Combined, Finding, RankContext, Received
+    from accelerated.routers import RouteContract
     from reference.problem import Problem
 
 #: Rounding structures the specification offers: one level, or one per node and one over nodes.
@@ -30,17 +32,26 @@ class ReferenceBackend:
     judged_by = "oracle"
     kernel_types: Sequence[str] = (ONE_LEVEL, NODE_LEVELS)
 
-    operators = reference_rows.OPERATORS
+    operators: Mapping[str, Sequence[str]] = {
+        **reference_rows.OPERATORS,
+        Family.EXPERTS.value: reference_experts.OPERATORS,
+    }
     compiled_operators = ("rms_norm_add", "split")
 
-    def support(self, problem: Problem | RowProblem, kernel_type: str) -> Support:
+    def support(self, problem: Problem | RowProblem | ExpertProblem, kernel_type: str) -> Support:
+        if isinstance(problem, ExpertProblem):
+            return reference_experts.support(problem, kernel_type)
         if isinstance(problem, RowProblem):
             return reference_rows.support(problem, kernel_type)
         if kernel_type == ONE_LEVEL and problem.nodes > 1:
             return Support(Standing.REFUSED, "one rounding level has no nodes; use node-levels")
         return Support(Standing.CLAIMED)
 
-    def contract(self, problem: Problem | RowProblem, kernel_type: str) -> Contract | QuantContract | NormContract:
+    def contract(
+        self, problem: Problem | RowProblem | ExpertProblem, kernel_type: str
+    ) -> Contract | QuantContract | NormContract | RouteContract | ExpertContract:
+        if isinstance(problem, ExpertProblem):
+            return reference_experts.contract(problem, kernel_type)
         if isinstance(problem, RowProblem):
             return reference_rows.contract(problem, kernel_type)
         return Contract(
@@ -48,6 +59,7 @@ class ReferenceBackend:
             row_order=RowOrder.SOURCE,
             masked_slots=MaskedSlots.DROPPED,
             node_levels=kernel_type == NODE_LEVELS and problem.nodes > 1,
+            exact_rows=True,
         )
 
     def preflight(self, device: str) -> list[Finding]:
@@ -64,8 +76,16 @@ class ReferenceSession:
         self._context = context
 
     def build(
-        self, problem: Problem | RowProblem, kernel_type: str
-    ) -> ReferenceOperation | reference_rows.ReferenceQuantiser | reference_rows.ReferenceNorm:
+        self, problem: Problem | RowProblem | ExpertProblem, kernel_type: str
+    ) -> (
+        ReferenceOperation
+        | reference_rows.ReferenceQuantiser
+        | reference_rows.ReferenceNorm
+        | reference_routers.ReferenceRouter
+        | reference_experts.ReferenceExperts
+    ):
+        if isinstance(problem, ExpertProblem):
+            return reference_experts.ReferenceExperts(problem, kernel_type)
         if isinstance(problem, RowProblem):
             return reference_rows.build(self._context, problem, kernel_type)
         return ReferenceOperation(self._context, problem, problem.nodes if kernel_type == NODE_LEVELS else 1)
@@ -79,16 +99,21 @@ class ReferenceOperation:
 
     def __init__(self, context: RankContext, problem: Problem, nodes: int) -> None:
         self._group = context.group
+        self._problem = problem
         self._experts_per_rank = problem.experts_per_rank
         self._nodes = nodes
 
-    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+    def prepare(
+        self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> Received:
         import torch
 
+        from accelerated import wires
         from accelerated.interface import Received
         from reference.dispatch_combine import dispatch
 
-        sent = dispatch(rows, ids, weights, experts_per_rank=self._experts_per_rank, group=self._group)
+        wires.check(self._problem, rows, scales)
+        sent = dispatch(rows, ids, weights, scales, experts_per_rank=self._experts_per_rank, group=self._group)
         return Received(
             rows=sent.rows,
             ids=sent.ids,
@@ -96,6 +121,7 @@ class ReferenceOperation:
             count=torch.full((1,), sent.rows.shape[0], dtype=torch.int32, device=rows.device),
             source_map=lambda: torch.stack([sent.source_rank, sent.source_token], dim=1),
             state=sent,
+            scales=sent.scales,
         )
 
     def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:

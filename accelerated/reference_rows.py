@@ -1,7 +1,7 @@
 """The specification's quantisers, norms and AllReduce + RMSNorm as row operators of the backend ``reference``.
 
-Scope: they are driven like any library's and judged by the oracles, which share no code with them. What a pass does not
-prove: anything about an accelerated library.
+Scope: they are driven like any library's and judged by the oracles, which share no code with them; its routers are in
+:mod:`accelerated.reference_routers`. What a pass does not prove: anything about an accelerated library.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
+from accelerated import reference_routers
 from accelerated.contract import Standing, Support
 from accelerated.operators import Family, NormContract, NormResult, QuantContract, QuantResult, RowProblem
 from reference.codecs import STANDARD, Codec, Granularity, PayloadRule, ScaleFormat
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from accelerated.interface import RankContext
+    from accelerated.routers import RouteContract
     from reference.quantisation import Quantised
 
 
@@ -55,19 +57,24 @@ OPERATORS = {
     Family.QUANTISE.value: tuple(STANDARD),
     Family.NORM.value: tuple(_LOCAL),
     Family.ALLREDUCE_NORM.value: tuple(_REDUCED),
+    Family.ROUTE.value: reference_routers.ROUTERS,
 }
 
 
 def support(problem: RowProblem, operator: str) -> Support:
     """Everything that a format can hold."""
+    if problem.family is Family.ROUTE:
+        return reference_routers.support(problem, operator)
     codec = STANDARD.get(operator)
     if codec is not None and codec.payload.bits == 4 and problem.hidden % 2:
         return Support(Standing.REFUSED, f"hidden is {problem.hidden}; two codes share a byte, so give an even one")
     return Support(Standing.CLAIMED)
 
 
-def contract(problem: RowProblem, operator: str) -> QuantContract | NormContract:
+def contract(problem: RowProblem, operator: str) -> QuantContract | NormContract | RouteContract:
     """Declared behaviour."""
+    if problem.family is Family.ROUTE:
+        return reference_routers.contract(problem, operator)
     if problem.family is Family.QUANTISE:
         # What a codec leaves open, the executable specification decides.
         codec = replace(STANDARD[operator], may_flush=False, zero_codes_defined=True)
@@ -82,8 +89,12 @@ def contract(problem: RowProblem, operator: str) -> QuantContract | NormContract
     )
 
 
-def build(context: RankContext, problem: RowProblem, operator: str) -> ReferenceQuantiser | ReferenceNorm:
+def build(
+    context: RankContext, problem: RowProblem, operator: str
+) -> ReferenceQuantiser | ReferenceNorm | reference_routers.ReferenceRouter:
     """An operator of the specification."""
+    if problem.family is Family.ROUTE:
+        return reference_routers.ReferenceRouter(operator)
     if problem.family is Family.QUANTISE:
         return ReferenceQuantiser(STANDARD[operator])
     local = problem.family is Family.NORM

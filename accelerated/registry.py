@@ -1,4 +1,4 @@
-"""Backends by name: built-in, from an entry point, or from ``package.module:factory``.
+"""Backends by name: built-in, from an entry point, from ``package.module:factory``, or two of them as ``a+b``.
 
 Scope: finding and constructing a backend in the driver, without torch and without importing the ones not asked for. A
 backend that is found is not proven to run here; ask its preflight.
@@ -12,6 +12,9 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+from accelerated.layer import JOIN, LayerBackend
+from accelerated.operators import Family, operators_of
+
 if TYPE_CHECKING:
     from accelerated.interface import Backend
 
@@ -21,6 +24,7 @@ ENTRY_POINT_GROUP = "ep_conformance.backends"
 _BUILT_IN = {
     "reference": "accelerated.reference_backend:ReferenceBackend",
     "allgather": "accelerated.allgather:AllGatherBackend",
+    "replicated": "accelerated.replicated:ReplicatedBackend",
     "mori": "accelerated.mori_ep.backend:mori",
     "mori-standin": "accelerated.mori_ep.backend:mori_standin",
     "aiter": "accelerated.aiter_ops.backend:aiter",
@@ -46,12 +50,16 @@ def backend(name: str, arch: str = "gfx942") -> Backend:
     """Construct a backend.
 
     Args:
-        name: one of :func:`names`, or ``package.module:factory``.
+        name: one of :func:`names`, ``package.module:factory``, or two of these as ``a+b``: whole layers with a's
+            dispatch and combine and b's experts.
         arch: gfx architecture whose contract is to be declared; given to factories that take ``arch``.
 
     Raises:
-        BackendError: unknown name, a factory that cannot be imported or fails, or a result that is no backend.
+        BackendError: unknown name, a factory that cannot be imported or fails, a result that is no backend, or two
+            backends of which the first has no kernel types or the second no experts.
     """
+    if JOIN in name and not _taken(name):
+        return cast("Backend", _layer(name, arch))
     try:
         made = _make(_factory(name), arch)
     except BackendError:
@@ -66,6 +74,32 @@ def backend(name: str, arch: str = "gfx942") -> Backend:
             f"backend {name!r} lacks {', '.join(missing)}; its factory must return an accelerated.interface.Backend"
         )
     return cast("Backend", made)
+
+
+def _taken(name: str) -> bool:
+    """Whether a name with a plus sign is a single backend's: an entry point's."""
+    return name in _BUILT_IN or bool(list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=name)))
+
+
+def _layer(name: str, arch: str) -> LayerBackend:
+    """Both halves of ``a+b``, made one."""
+    halves = name.split(JOIN)
+    if len(halves) != 2 or not all(halves):
+        raise BackendError(
+            f"backend {name!r}: a layer has two halves; write <dispatch backend>{JOIN}<experts backend>, e.g. "
+            f"mori{JOIN}aiter"
+        )
+    try:
+        dispatch, experts = backend(halves[0], arch), backend(halves[1], arch)
+    except BackendError as error:
+        raise BackendError(f"{error} (a half of {name!r})") from error
+    if not dispatch.kernel_types:
+        raise BackendError(
+            f"backend {name!r}: {halves[0]} has no dispatch and combine; put a backend that has before +"
+        )
+    if not operators_of(experts).get(Family.EXPERTS.value):
+        raise BackendError(f"backend {name!r}: {halves[1]} has no experts; put a backend that has after +")
+    return LayerBackend(dispatch, experts)
 
 
 def _factory(name: str) -> Callable[..., object]:

@@ -11,11 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from accelerated.aiter_ops import contract as declared
+from accelerated.aiter_ops import routing_contract
 from accelerated.aiter_ops.library import AiterLibrary, load_aiter, load_standin, probe_aiter
 from accelerated.contract import Support
+from accelerated.experts import ExpertContract, ExpertProblem
 from accelerated.interface import Finding
 from accelerated.mori_ep.backend import torch_is_rocm
 from accelerated.operators import Family, NormContract, QuantContract, RowProblem
+from accelerated.routers import RouteContract
+from accelerated.sorting import SortContract
 
 if TYPE_CHECKING:
     from accelerated.aiter_ops.session import AiterSession
@@ -50,32 +54,53 @@ class AiterBackend:
     @property
     def operators(self) -> Mapping[str, Sequence[str]]:
         """Operator names by family value."""
-        from accelerated.aiter_ops import allreduce_contract
+        from accelerated.aiter_ops import allreduce_contract, experts_contract, experts_numerics
 
         return {
             Family.QUANTISE.value: declared.QUANTISERS,
             Family.NORM.value: declared.NORMS,
             Family.ALLREDUCE_NORM.value: tuple(allreduce_contract.OPERATORS),
+            Family.ROUTE.value: routing_contract.ROUTERS,
+            Family.EXPERTS.value: tuple(experts_numerics.OPERATORS),
+            Family.SORT.value: experts_contract.SORTS,
         }
 
-    def support(self, problem: RowProblem, operator: str) -> Support:
+    def support(self, problem: RowProblem | ExpertProblem, operator: str) -> Support:
         """Standing on the declared architecture."""
+        if isinstance(problem, ExpertProblem):
+            from accelerated.aiter_ops import experts_contract
+
+            sorts = operator in experts_contract.SORTS
+            standing = experts_contract.sort_support if sorts else experts_contract.support
+            return standing(problem, operator, self._arch)
         if problem.family is Family.ALLREDUCE_NORM:
             from accelerated.aiter_ops import allreduce_contract
 
             return allreduce_contract.support(problem, operator, self._arch)
+        if problem.family is Family.ROUTE:
+            return routing_contract.support(problem, operator, self._arch)
         return declared.support(problem, operator, self._arch)
 
-    def contract(self, problem: RowProblem, operator: str) -> QuantContract | NormContract:
+    def contract(
+        self, problem: RowProblem | ExpertProblem, operator: str
+    ) -> QuantContract | NormContract | RouteContract | ExpertContract | SortContract:
         """Declared behaviour on the declared architecture.
 
         Raises:
             ContractError: unknown operator or architecture.
         """
+        if isinstance(problem, ExpertProblem):
+            from accelerated.aiter_ops import experts_contract
+
+            if operator in experts_contract.SORTS:
+                return experts_contract.sort_contract(problem, operator)
+            return experts_contract.contract(problem, operator, self._arch)
         if problem.family is Family.ALLREDUCE_NORM:
             from accelerated.aiter_ops import allreduce_contract
 
             return allreduce_contract.contract(problem, operator, self._arch)
+        if problem.family is Family.ROUTE:
+            return routing_contract.contract(problem, operator, self._arch)
         return declared.contract(problem, operator, self._arch)
 
     def preflight(self, device: str) -> list[Finding]:

@@ -45,6 +45,8 @@ class AiterLibrary:
         dtypes: ``aiter.utility.dtypes``: ``fp8`` (of the live device), ``fp4x2``, ``fp8_e8m0``.
         get_gfx_runtime: ``aiter.jit.utils.chip_info.get_gfx_runtime``: architecture of the live device.
         distributed: imports a module of ``aiter.dist`` by its name (``communication_op``) and returns it.
+        part: imports a module of ``aiter`` by its name (``fused_moe``, ``ops.shuffle``) when an operator needs it and
+            returns it; raises :class:`LibraryError` with that name where the import fails.
         version: of the distribution.
         origin: directory of the package.
     """
@@ -55,6 +57,7 @@ class AiterLibrary:
     dtypes: Any
     get_gfx_runtime: Callable[[], str]
     distributed: Callable[[str], Any]
+    part: Callable[[str], Any]
     version: str
     origin: str
 
@@ -106,6 +109,7 @@ def load_aiter() -> AiterLibrary:
         dtypes=dtypes,
         get_gfx_runtime=chip_info.get_gfx_runtime,
         distributed=lambda name: importlib.import_module(f"aiter.dist.{name}"),
+        part=lambda name: _part("aiter", name),
         version=_version() or str(getattr(package, "__version__", "unknown")),
         origin=str(directory),
     )
@@ -121,9 +125,21 @@ def load_standin() -> AiterLibrary:
         dtypes=importlib.import_module(f"{root}.utility.dtypes"),
         get_gfx_runtime=importlib.import_module(f"{root}.jit.utils.chip_info").get_gfx_runtime,
         distributed=lambda name: importlib.import_module(f"{root}.{name}"),
+        part=lambda name: _part(root, name),
         version="stand-in",
         origin=str(Path(str(importlib.import_module(root).__file__)).parent),
     )
+
+
+def _part(root: str, name: str) -> Any:
+    """Module ``root.name``; what is broken there must not look like a fault of the whole library."""
+    try:
+        return importlib.import_module(f"{root}.{name}")
+    except Exception as error:
+        raise LibraryError(
+            f"{root}.{name} is broken: importing it failed with {type(error).__name__}: {error}; the rest of the "
+            f"library was imported, so this build lacks that part ({INSTALL})"
+        ) from error
 
 
 def _locate() -> tuple[Path | None, str | None]:

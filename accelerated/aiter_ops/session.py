@@ -11,12 +11,17 @@ import os
 
 import torch
 
+from accelerated.aiter_ops import routing_contract
 from accelerated.aiter_ops.contract import contract
 from accelerated.aiter_ops.library import AiterLibrary
 from accelerated.aiter_ops.norms import AiterNorm
 from accelerated.aiter_ops.quantisers import AiterQuantiser
+from accelerated.aiter_ops.routing import AiterRouter
+from accelerated.experts import ExpertOperation, ExpertProblem
 from accelerated.interface import RankContext
 from accelerated.operators import Family, NormContract, NormOperation, QuantOperation, RowProblem
+from accelerated.routers import RouteOperation
+from accelerated.sorting import SortOperation
 from reference.catalogue import architecture
 
 
@@ -51,7 +56,9 @@ class AiterSession:
                 "GPU_ARCHS, or use an AITER that knows the device"
             )
 
-    def build(self, problem: RowProblem, operator: str) -> QuantOperation | NormOperation:
+    def build(
+        self, problem: RowProblem | ExpertProblem, operator: str
+    ) -> QuantOperation | NormOperation | RouteOperation | ExpertOperation | SortOperation:
         """Construct an operation; collective for ALLREDUCE_NORM only.
 
         Raises:
@@ -60,15 +67,31 @@ class AiterSession:
         """
         if self._library is None:
             raise RuntimeError("the session is closed; open another in a new process")
+        if isinstance(problem, ExpertProblem):
+            return self._experts(self._library, problem, operator)
         if problem.family is Family.ALLREDUCE_NORM:
             from accelerated.aiter_ops import allreduce
 
             self._reduces = True
             return allreduce.build(self._library, self._context, problem, operator)
+        if problem.family is Family.ROUTE:
+            return AiterRouter(self._library, operator, routing_contract.contract(problem, operator, self._arch))
         declared = contract(problem, operator, self._arch)
         if isinstance(declared, NormContract):
             return AiterNorm(self._library, operator, declared)
         return AiterQuantiser(self._library, operator, declared)
+
+    def _experts(self, library: AiterLibrary, problem: ExpertProblem, operator: str) -> ExpertOperation | SortOperation:
+        """The experts of one rank, or their sort."""
+        from accelerated.aiter_ops import experts_contract
+
+        if operator in experts_contract.SORTS:
+            from accelerated.aiter_ops.sorting import AiterSort
+
+            return AiterSort(library, problem, experts_contract.sort_contract(problem, operator))
+        from accelerated.aiter_ops.experts import AiterExperts
+
+        return AiterExperts(library, operator, problem, experts_contract.contract(problem, operator, self._arch))
 
     def close(self) -> None:
         """Forget the library. Ends the groups that an all-reduce made, on every rank; there is nothing else to end."""

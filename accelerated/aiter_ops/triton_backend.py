@@ -1,8 +1,9 @@
-"""Backend ``aiter-triton``: the real Triton quantisers and norms of a ROCm AITER source tree that the user names.
+"""Backend ``aiter-triton``: real Triton operators of a ROCm AITER source tree that the user names.
 
-Scope: the driver-side half (standing, contract, preflight) and the way into a session. On a CPU the kernels run in
-Triton's interpreter: then a pass shows that the algorithm is right and nothing about AMD hardware, which
-:attr:`AiterTritonBackend.caveat` says. A clean preflight does not prove that the tree imports.
+Scope: quantisers, norms, routers and experts; the driver-side half (standing, contract, preflight) and the way into a
+session. On a CPU the kernels run in Triton's interpreter: then a pass shows that the algorithm is right and nothing
+about AMD hardware, which :attr:`AiterTritonBackend.caveat` says. A clean preflight does not prove that the tree
+imports.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from accelerated.aiter_ops import triton_contract as declared
+from accelerated.aiter_ops import triton_experts_contract as experts
 from accelerated.aiter_ops import triton_library
+from accelerated.aiter_ops import triton_routing_contract as routing
+from accelerated.experts import ExpertContract, ExpertProblem
 from accelerated.operators import Family
 
 if TYPE_CHECKING:
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from accelerated.contract import Support
     from accelerated.interface import Finding, RankContext
     from accelerated.operators import NormContract, QuantContract, RowProblem
+    from accelerated.routers import RouteContract
 
 
 class AiterTritonBackend:
@@ -34,7 +39,9 @@ class AiterTritonBackend:
     kernel_types: Sequence[str] = ()
     #: Operators by family.
     operators: ClassVar[dict[str, tuple[str, ...]]] = {
-        family.value: declared.names(family) for family in (Family.QUANTISE, Family.NORM)
+        **{family.value: declared.names(family) for family in (Family.QUANTISE, Family.NORM)},
+        Family.ROUTE.value: routing.names(),
+        Family.EXPERTS.value: experts.names(),
     }
 
     def __init__(self, arch: str) -> None:
@@ -50,16 +57,26 @@ class AiterTritonBackend:
         """Factor on the time limits of a case: an interpreted launch takes as long as hundreds of compiled ones."""
         return 20.0 if triton_library.interpreted() else 1.0
 
-    def support(self, problem: RowProblem, kernel_type: str) -> Support:
+    def support(self, problem: RowProblem | ExpertProblem, kernel_type: str) -> Support:
         """Standing of operator ``kernel_type`` on the declared architecture."""
+        if isinstance(problem, ExpertProblem):
+            return experts.support(problem, kernel_type, self._arch)
+        if problem.family is Family.ROUTE:
+            return routing.support(problem, kernel_type, self._arch)
         return declared.support(problem, kernel_type, self._arch)
 
-    def contract(self, problem: RowProblem, kernel_type: str) -> QuantContract | NormContract:
+    def contract(
+        self, problem: RowProblem | ExpertProblem, kernel_type: str
+    ) -> QuantContract | NormContract | RouteContract | ExpertContract:
         """Declared behaviour on the declared architecture.
 
         Raises:
             ContractError: the operator is unknown, or refused at this problem.
         """
+        if isinstance(problem, ExpertProblem):
+            return experts.contract(problem, kernel_type, self._arch)
+        if problem.family is Family.ROUTE:
+            return routing.contract(problem, kernel_type, self._arch)
         return declared.contract(problem, kernel_type, self._arch)
 
     def preflight(self, device: str) -> list[Finding]:

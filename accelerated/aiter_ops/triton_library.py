@@ -105,23 +105,23 @@ def load(arch: str) -> TritonLibrary:
     sys.path.insert(0, str(root))
     preload = os.environ.get(PRELOAD)
     if preload:
-        _import(preload, f"correct {PRELOAD}, or put the module's directory on PYTHONPATH")
+        import_module(preload, f"correct {PRELOAD}, or put the module's directory on PYTHONPATH")
     remedy = f"install what it asks for, or {_NAME_PRELOAD} where there is no ROCm"
-    package = _import("aiter", remedy)
+    package = import_module("aiter", remedy)
     origin = Path(str(package.__file__)).resolve().parent
     if origin != (root / "aiter").resolve():
         raise LibraryError(
             f"aiter is loaded from {origin}, not from {SOURCE}={root}; start a fresh process with only that tree"
         )
     _check_arch(arch, remedy)
-    kernels = _import("aiter.ops.triton._triton_kernels.quant.quant", remedy)
+    kernels = import_module("aiter.ops.triton._triton_kernels.quant.quant", remedy)
     loaded = TritonLibrary(
-        quant=_import("aiter.ops.triton.quant", remedy),
-        hip_free_quant=_import("aiter.ops.quant", remedy),
-        fp4=_import("aiter.utility.fp4_utils", remedy),
-        rmsnorm=_import("aiter.ops.triton.normalization.rmsnorm", remedy),
-        add_pad=_import("aiter.ops.triton.normalization.fused_add_rmsnorm_pad", remedy).fused_add_rmsnorm_pad,
-        fused_add=_import("aiter.ops.triton.normalization.fused_rmsnorm_add", remedy).fused_rmsnorm_add,
+        quant=import_module("aiter.ops.triton.quant", remedy),
+        hip_free_quant=import_module("aiter.ops.quant", remedy),
+        fp4=import_module("aiter.utility.fp4_utils", remedy),
+        rmsnorm=import_module("aiter.ops.triton.normalization.rmsnorm", remedy),
+        add_pad=import_module("aiter.ops.triton.normalization.fused_add_rmsnorm_pad", remedy).fused_add_rmsnorm_pad,
+        fused_add=import_module("aiter.ops.triton.normalization.fused_rmsnorm_add", remedy).fused_rmsnorm_add,
         quant_type=package.QuantType,
         fp8=package.dtypes.fp8,
         arch=arch,
@@ -139,8 +139,8 @@ def load(arch: str) -> TritonLibrary:
 def _check_arch(arch: str, remedy: str) -> None:
     """Both places where AITER looks for an architecture have to say ``arch``: element types follow from either."""
     reported = {
-        "Triton's target": _import("aiter.ops.triton.utils._triton.arch_info", remedy).get_arch(),
-        "rocminfo": _import("aiter.jit.utils.chip_info", remedy).get_gfx_runtime(),
+        "Triton's target": import_module("aiter.ops.triton.utils._triton.arch_info", remedy).get_arch(),
+        "rocminfo": import_module("aiter.jit.utils.chip_info", remedy).get_gfx_runtime(),
     }
     if any(seen != arch for seen in reported.values()):
         seen = " and ".join(f"{value} ({place})" for place, value in reported.items())
@@ -189,7 +189,12 @@ def _probe_preload(device: str) -> list[Finding]:
     return []
 
 
-def _import(name: str, remedy: str) -> ModuleType:
+def import_module(name: str, remedy: str) -> ModuleType:
+    """Import a module of AITER, or one that has to come before it.
+
+    Raises:
+        LibraryError: it does not import, for whatever reason; the message ends with ``remedy``.
+    """
     try:
         return importlib.import_module(name)
     except Exception as error:

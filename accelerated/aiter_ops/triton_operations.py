@@ -1,4 +1,4 @@
-"""AITER's Triton quantisers and norms behind the interface of row operators, one small call each.
+"""AITER's Triton operators: a session, and quantisers and norms behind the interface of row operators.
 
 Scope: argument order, output buffers, and views of the results; no arithmetic. Sources: ROCm/aiter e4048607,
 aiter/ops/triton/{quant,normalization}/, aiter/ops/quant.py:391-407, aiter/utility/fp4_utils.py:536. Arguments that an
@@ -13,9 +13,16 @@ from typing import Any
 import torch
 
 from accelerated.aiter_ops import triton_contract as declared
+from accelerated.aiter_ops import triton_experts_contract, triton_moe_library, triton_routing_contract
+from accelerated.aiter_ops.triton_experts import SortedExperts
+from accelerated.aiter_ops.triton_experts_ragged import RaggedExperts
 from accelerated.aiter_ops.triton_library import TritonLibrary
+from accelerated.aiter_ops.triton_moe_library import TritonMoe
+from accelerated.aiter_ops.triton_routing import TritonRouter
 from accelerated.contract import ContractError, Standing
+from accelerated.experts import ExpertOperation, ExpertProblem
 from accelerated.operators import Family, NormOperation, NormResult, QuantOperation, QuantResult, RowProblem
+from accelerated.routers import RouteOperation
 
 #: Padding that serving uses with add_rmsnorm_pad; the tail is cut off here.
 PAD_TO = 256
@@ -29,17 +36,40 @@ class TritonSession:
 
     Args:
         library: the loaded tree.
+        moe: its mixture-of-experts part; loaded when it is first needed, if None.
     """
 
-    def __init__(self, library: TritonLibrary) -> None:
+    def __init__(self, library: TritonLibrary, moe: TritonMoe | None = None) -> None:
         self.library = library
+        self._moe = moe
 
-    def build(self, problem: RowProblem, operator: str) -> QuantOperation | NormOperation:
+    @property
+    def moe(self) -> TritonMoe:
+        """The mixture-of-experts part of the tree.
+
+        Raises:
+            LibraryError: it does not import.
+        """
+        if self._moe is None:
+            self._moe = triton_moe_library.load()
+        return self._moe
+
+    def build(
+        self, problem: RowProblem | ExpertProblem, operator: str
+    ) -> QuantOperation | NormOperation | RouteOperation | ExpertOperation:
         """One operator.
 
         Raises:
             ContractError: the operator is unknown, or refused at this problem.
         """
+        if isinstance(problem, ExpertProblem):
+            triton_experts_contract.contract(problem, operator, self.library.arch)
+            found = triton_experts_contract.OPERATORS[operator].form
+            form = SortedExperts if found is triton_experts_contract.Form.SORTED else RaggedExperts
+            return form(self.library, self.moe, problem, operator)
+        if problem.family is Family.ROUTE:
+            triton_routing_contract.contract(problem, operator, self.library.arch)
+            return TritonRouter(self.moe, problem, operator, self.library.arch)
         standing = declared.support(problem, operator, self.library.arch)
         if standing.standing is Standing.REFUSED:
             raise ContractError(standing.reason)

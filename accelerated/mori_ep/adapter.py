@@ -1,6 +1,7 @@
 """MoRI's operator behind the backend interface: initialisation order, argument rules, and the round's life cycle.
 
-Scope: eager dispatch and combine without quantisation, from the caller's tensors. The adapter does not know whether it
+Scope: eager dispatch of rows in the element type or in a wire format, and eager combine without quantisation, from the
+caller's tensors. The adapter does not know whether it
 drives the library or its double. What a pass through it does not prove: that user code follows the same rules; every
 rule kept here (MoRI 624002c8, python/mori/ops/dispatch_combine.py) is one that the library itself does not check.
 """
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from accelerated import wires
 from accelerated.interface import Combined, RankContext, Received
 from accelerated.mori_ep import launch
 from accelerated.mori_ep.contract import INTRA_NODE_TYPES
@@ -84,11 +86,11 @@ class MoriSession:
             raise RuntimeError(f"{name} puts through shmem, which cco leaves uninitialised; use IntraNode")
         size = self._reserve(problem, name)
         ops = self._library.ops
-        arguments["data_type"] = getattr(torch, problem.dtype)
+        wire_dtype: torch.dtype = getattr(torch, str(arguments["data_type"]))
+        arguments["data_type"] = wire_dtype
         arguments["kernel_type"] = getattr(ops.EpDispatchCombineKernelType, name)
-        operation = MoriOperation(
-            self, ops.EpDispatchCombineOp(ops.EpDispatchCombineConfig(**arguments)), problem, name
-        )
+        made = ops.EpDispatchCombineOp(ops.EpDispatchCombineConfig(**arguments))
+        operation = MoriOperation(self, made, problem, name, wire_dtype if problem.wire else None)
         self._live.append((operation, size))
         return operation
 
@@ -133,7 +135,7 @@ class MoriSession:
 class _Round:
     """One dispatch and its combine. Holds every tensor that a kernel in flight may still read."""
 
-    __slots__ = ("ids", "operation", "rows", "tokens", "weights", "weights_received")
+    __slots__ = ("ids", "operation", "rows", "scales", "tokens", "weights", "weights_received")
 
     def __init__(
         self,
@@ -141,10 +143,12 @@ class _Round:
         rows: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
+        scales: torch.Tensor | None,
         weights_received: torch.Tensor,
     ) -> None:
         self.operation = operation
         self.rows = rows
+        self.scales = scales
         self.ids = ids
         self.weights = weights
         self.weights_received = weights_received
@@ -164,9 +168,12 @@ class _Round:
 class MoriOperation:
     """One ``EpDispatchCombineOp``. Rounds strictly alternate: prepare, finalize, prepare, ..."""
 
-    def __init__(self, session: MoriSession, op: Any, problem: Problem, kernel_type: str) -> None:
+    def __init__(
+        self, session: MoriSession, op: Any, problem: Problem, kernel_type: str, wire_dtype: torch.dtype | None = None
+    ) -> None:
         self._session = session
         self._op = op
+        self._problem, self._wire_dtype = problem, wire_dtype
         self._capacity = problem.capacity
         self._hidden, self._element_bytes = problem.hidden, problem.element_bytes
         self._top_k = problem.top_k
@@ -176,8 +183,13 @@ class MoriOperation:
         self._stride = problem.capacity if kernel_type == "InterNode" else problem.world_size * problem.capacity
         self._round: _Round | None = None
 
-    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+    def prepare(
+        self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> Received:
         """Dispatch ``rows [n, H]``, ``ids [n, k]`` int32 and ``weights [n, k]`` float32; never syncs the host.
+
+        With a wire format rows are its codes, in the FP8 type of the architecture, as packed FP4 or as ``torch.uint8``,
+        and ``scales [n, G]`` go with them; both come back in the types given.
 
         Returns:
             Capacity-sized views ``[W·M, ...]`` of the operator's buffers, overwritten by the next round, and a private
@@ -185,8 +197,8 @@ class MoriOperation:
 
         Raises:
             RuntimeError: the round before is not finalised (MoRI would add up its counters), or it is closed.
-            ValueError: more tokens, or wider rows or elements, than configured (MoRI would write past its buffers), or
-                shapes that do not match.
+            ValueError: more tokens, or wider rows or elements, than configured (MoRI would write past its buffers),
+                shapes that do not match, or rows or scales that are not of the wire.
         """
         op = self._op
         if self._round is not None:
@@ -201,15 +213,31 @@ class MoriOperation:
                 f"capacity {self._capacity} and top_k {self._top_k}"
             )
         self._check_width(rows)
+        wires.check(self._problem, rows, scales)
+        given = rows.dtype
         # MoRI takes raw pointers: it would misread int64 ids, other float types and strided rows without a word.
-        rows = rows.contiguous()
+        rows = rows.contiguous() if self._wire_dtype is None else self._codes(rows, self._wire_dtype)
+        scales = None if scales is None else scales.contiguous()
         ids = ids.to(torch.int32).contiguous()
         weights = weights.to(torch.float32).contiguous()
-        received, weights_received, _, ids_received, total = op.dispatch(rows, weights, None, ids)
-        current = self._round = _Round(self, rows, ids, weights, weights_received)
+        received, weights_received, scales_received, ids_received, total = op.dispatch(rows, weights, scales, ids)
+        current = self._round = _Round(self, rows, ids, weights, scales, weights_received)
         if self._split:
             op.dispatch_recv()
-        return Received(received, ids_received, weights_received, total.clone(), current.source_map, current)
+        count = total.clone()
+        codes = received if self._wire_dtype is None else received.view(given)
+        return Received(codes, ids_received, weights_received, count, current.source_map, current, scales_received)
+
+    @staticmethod
+    def _codes(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of one byte per element, contiguous, in the type whose kernels are launched.
+
+        Raises:
+            ValueError: the codes are of another format.
+        """
+        if rows.dtype not in (torch.uint8, dtype):
+            raise ValueError(f"rows are {rows.dtype}; MoRI has kernels for {dtype} here, the codes would be misread")
+        return rows.view(torch.uint8).contiguous().view(dtype)
 
     def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
         """Return ``expert_rows [>= count, H]`` to their sources and sum them; never syncs the host.

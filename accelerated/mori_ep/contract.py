@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
+from accelerated import wires
 from accelerated.contract import Contract, ContractError, MaskedSlots, ReceiveLayout, RowOrder, Standing, Support
 from reference.catalogue import (
     KERNEL_TYPES,
@@ -25,7 +26,7 @@ from reference.catalogue import (
     architecture,
     vllm_kernel_type,
 )
-from reference.problem import Problem
+from reference.problem import WIRES, Problem
 
 INTRA_NODE_TYPES = ("IntraNode", "IntraNodeLL")
 NODE_LEVEL_TYPES = ("InterNodeV1", "InterNodeV1LL")
@@ -41,10 +42,16 @@ CHUNK_TOKENS = 64
 #: Slots the destination scan of IntraNodeLL covers (intranode_ll.hpp:177).
 LL_SLOTS = 8
 
-# gfx125x only: intranode_1250x.hpp:325-330 (staging slots over all peers, slots of a token) and dispatch_combine.py
+#: Scale rows of upstream's tests are whole words (32, 56, 128 and 224 bytes).
+SCALE_WORD = 4
+
+# gfx125x only: intranode_1250x.hpp:325-340 (staging slots over all peers, slots of a token, scale bytes staged per
+# slot), intranode_1250x.hpp:485 and 575 (scales move in vectors; the rest of a row does not) and dispatch_combine.py
 # (LDS budget of combine, and the 16 warps it launches from a caller's tensor; 128 is the alignment of the tiles).
 _TDM_POOL_SLOTS = 8 * 32768
 _TDM_TOP_K = 16
+_TDM_SCALE_BYTES = 128
+_TDM_SCALE_VECTOR = 16
 _TDM_LDS_BYTES = 327680
 _TDM_PUSH_WARPS = 16
 _TDM_ALIGNMENT = 128
@@ -209,6 +216,17 @@ def _tdm_refusals(problem: Problem) -> Iterator[str]:
             f"capacity is {problem.capacity}; the gfx125x dispatch stages {slots} rows per peer at "
             f"{problem.world_size} ranks and needs {needed} (dispatch_combine.py); lower the capacity"
         )
+    groups, size = wires.scale_shape(problem)
+    if groups * size % _TDM_SCALE_VECTOR:
+        yield (
+            f"the scales of a row are {groups * size} bytes; the gfx125x dispatch moves them by {_TDM_SCALE_VECTOR} "
+            "and leaves the rest behind (intranode_1250x.hpp:485)"
+        )
+    if needed * groups * size > slots * _TDM_SCALE_BYTES:
+        yield (
+            f"capacity is {problem.capacity} with {groups * size} bytes of scales; the gfx125x dispatch stages "
+            f"{slots * _TDM_SCALE_BYTES} bytes per peer and needs {needed * groups * size} (intranode_1250x.hpp:340)"
+        )
     pointers = _TDM_PUSH_WARPS * problem.top_k * 2 * 8
     tiles = _TDM_PUSH_WARPS * problem.hidden * problem.element_bytes
     lds = -(-pointers // _TDM_ALIGNMENT) * _TDM_ALIGNMENT + tiles
@@ -225,5 +243,24 @@ def _unclaimed(problem: Problem, kernel_type: str, arch: Architecture) -> Iterat
         yield "upstream tests 8 ranks and vLLM 2 and more; nobody runs expert parallelism on 1 rank"
     if kernel_type in NODE_LEVEL_TYPES and problem.nodes > 1 and problem.ranks_per_node == 1:
         yield f"upstream runs {kernel_type} with 4 and 8 ranks per node; nobody runs it with one"
+    yield from _unclaimed_wire(problem, kernel_type, arch)
     if kernel_type == "IntraNodeLL" and arch.symmetric_backend == "cco":
         yield f"upstream has neither a test nor a launch value for IntraNodeLL on {arch.name}, only for IntraNode"
+
+
+def _unclaimed_wire(problem: Problem, kernel_type: str, arch: Architecture) -> Iterator[str]:
+    """Quantised dispatches that compile, which nobody runs."""
+    if not problem.wire:
+        return
+    if problem.dtype != "bfloat16":
+        yield f"upstream and vLLM combine in bfloat16 what was dispatched quantised; nobody combines in {problem.dtype}"
+    if kernel_type == "InterNode":
+        yield "upstream compares quantised dispatches of every kernel type but the legacy InterNode"
+    if WIRES[problem.wire].payload == "fp4" and arch.fp8.dtype == "float8_e4m3fnuz":
+        yield f"upstream runs packed FP4 on gfx950 and later; on {arch.name} its tests skip it"
+    groups, size = wires.scale_shape(problem)
+    if groups * size % SCALE_WORD:
+        yield (
+            f"the scales of a row are {groups * size} bytes; upstream sends whole words of {SCALE_WORD} only, and the "
+            "fields behind them in a staged row would lie unaligned"
+        )

@@ -10,12 +10,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from accelerated import wires
 from accelerated.mori_ep.contract import INTRA_NODE_TYPES, NODE_LEVEL_TYPES, resolve
 from reference.catalogue import KERNEL_TYPES, VLLM_BACKENDS, LaunchParameters, architecture, vllm_kernel_type
-from reference.problem import Problem
+from reference.problem import WIRES, Problem
 
 #: Environment variable with the size of the symmetric heap; read once, when shmem initialises.
 HEAP_VARIABLE = "MORI_SHMEM_HEAP_SIZE"
+
+#: torch's name of E2M1 codes, two to a byte.
+PACKED_FP4 = "float4_e2m1fn_x2"
 
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 _UNITS = {"": 1, "K": _KIB, "M": _MIB, "G": _GIB}
@@ -77,13 +81,15 @@ def config_arguments(problem: Problem, kernel_type: str, arch: str, rank: int) -
     if not 0 <= rank < problem.world_size:
         raise ValueError(f"rank is {rank}; it must be at least 0 and below world_size = {problem.world_size}")
     chosen = launch(problem, kernel_type, arch)
+    scale_dim, scale_type_size = wires.scale_shape(problem)
     return {
-        "data_type": problem.dtype,
+        "data_type": dispatch_dtype(problem, arch),
         "rank": rank,
         "world_size": problem.world_size,
-        "hidden_dim": problem.hidden,
-        "scale_dim": 0,
-        "scale_type_size": 0,
+        "hidden_dim": problem.hidden,  # logical elements, of packed FP4, too: combine has as many (vLLM 0.33.0)
+        "scale_dim": scale_dim,
+        "scale_type_size": scale_type_size,
+        # Combine carries the element type whatever dispatch carries.
         "max_token_type_size": problem.element_bytes,
         "max_num_inp_token_per_rank": problem.capacity,
         "num_experts_per_rank": problem.experts_per_rank,
@@ -101,6 +107,17 @@ def config_arguments(problem: Problem, kernel_type: str, arch: str, rank: int) -
     }
 
 
+def dispatch_dtype(problem: Problem, arch: str) -> str:
+    """Name of the torch dtype in which rows are dispatched: the element type, or the architecture's for a wire.
+
+    Raises:
+        CatalogueError: unknown architecture.
+    """
+    if not problem.wire:
+        return problem.dtype
+    return architecture(arch).fp8.dtype if WIRES[problem.wire].payload == "fp8" else PACKED_FP4
+
+
 def heap_bytes(problem: Problem, kernel_type: str) -> int:
     """Symmetric bytes that one operator takes on each rank (MoRI 624002c8, dispatch_combine.cpp:302-511).
 
@@ -111,8 +128,11 @@ def heap_bytes(problem: Problem, kernel_type: str) -> int:
     tokens, nodes = problem.capacity, problem.nodes
     received = problem.world_size * tokens
     payload = problem.hidden * problem.element_bytes
-    transfer = payload + 8 * problem.top_k + 4
-    outputs = (received + tokens) * payload
+    groups, scale_size = wires.scale_shape(problem)
+    scales = groups * scale_size
+    transfer = payload + 8 * problem.top_k + 4 + scales
+    # Scales have a buffer on either side.
+    outputs = (received + tokens) * payload + 2 * received * scales
     if kernel_type in INTRA_NODE_TYPES:
         staging = received * transfer
     elif kernel_type in NODE_LEVEL_TYPES:

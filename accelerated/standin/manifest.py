@@ -84,8 +84,10 @@ def _enum(target: Any, recorded: dict[str, Any]) -> Iterator[str]:
         member = getattr(target, name, None)
         if member is None:
             yield f"member {name} is missing"
-        elif (member.name, int(member.value)) != (name, value):
-            yield f"member {name} is {member.name} = {int(member.value)}, recorded {value}"
+            continue
+        actual = member.value if isinstance(value, str) else int(member.value)
+        if (member.name, actual) != (name, value):
+            yield f"member {name} is {member.name} = {actual}, recorded {value}"
 
 
 def _order(actual: list[str], recorded: list[str], what: str) -> Iterator[str]:
@@ -99,6 +101,8 @@ def _default(wanted: dict[str, Any], actual: Any) -> Iterator[str]:
         recorded, actual = recorded["dtype"], actual if actual is _ABSENT else str(actual)
     elif isinstance(recorded, dict):  # a member of an enumeration
         recorded, actual = recorded["member"], getattr(actual, "name", actual)
+    elif isinstance(recorded, list):  # a tuple, which JSON has not
+        recorded = tuple(recorded)
     if recorded is _ABSENT and actual is _ABSENT:
         return
     if _ABSENT in (recorded, actual) or (type(recorded), recorded) != (type(actual), actual):

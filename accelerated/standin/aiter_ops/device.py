@@ -83,9 +83,10 @@ def _nearest(value: torch.Tensor, table: Sequence[float]) -> torch.Tensor:
     """Index in ascending ``table`` of the value nearest to ``|value|``, ties to the even index, uint8."""
     middles = torch.tensor([(a + b) / 2 for a, b in pairwise(table)], device=value.device)
     magnitude = value.abs().contiguous()
-    below = torch.bucketize(magnitude, middles)
-    above = torch.bucketize(magnitude, middles, right=True)
-    return torch.where(below % 2 == 1, above, below).to(torch.uint8)
+    index = torch.bucketize(magnitude, middles, out_int32=True)
+    # Of a middle the lower index came back; from an odd one it goes up.
+    middle = middles[index.clamp(max=len(middles) - 1)] == magnitude
+    return (index + (index & middle)).to(torch.uint8)
 
 
 @cache

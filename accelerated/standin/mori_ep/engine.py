@@ -26,6 +26,7 @@ import torch.distributed as dist
 from accelerated.standin.mori_ep.buffers import Buffers, as_words, raw, row_layout
 from accelerated.standin.mori_ep.config import EpDispatchCombineConfig
 from accelerated.standin.mori_ep.fatal import die, die_if
+from accelerated.standin.mori_ep.jit_config import is_gfx125x
 from accelerated.standin.mori_ep.routing import Routing, Rules
 from accelerated.standin.mori_ep.transport import Transport
 from accelerated.standin.mori_ep.wire import AnswerWire, Arrival, DispatchWire, Plan
@@ -85,6 +86,10 @@ class Engine:
         self._tokens = config.max_num_inp_token_per_rank
         self._k = config.num_experts_per_token
         self._scale_bytes = config.scale_dim * config.scale_type_size
+        narrow = is_gfx125x() and rules.name == "IntraNode"  # moves scales by vectors and leaves the rest of a row
+        self._moved_scale_bytes = self._scale_bytes // 16 * 16 if narrow else self._scale_bytes
+        staged = 8 * 32768 // config.world_size * 128
+        self._scales_overrun = narrow and self._buffers.capacity * self._scale_bytes > staged
         self._rank = config.rank
         self._node_levels = rules.node_levels and self._routing.nodes > 1
         self._wires: dict[int, DispatchWire] = {}
@@ -105,6 +110,8 @@ class Engine:
             die(f"{n} tokens exceed max_num_inp_token_per_rank={self._tokens}; the real library corrupts memory")
         if self._rules.weights_required and call.weights is None:
             die(f"{self._rules.name} reads the weights unconditionally: memory fault at address 0")
+        if self._scales_overrun and call.scales is not None:
+            die(f"{self._scale_bytes} bytes of scales a row overrun the peer's staging; the real library corrupts them")
         self._warps = call.warps
         ids = raw(call.indices, torch.int32, n, self._k)
         self._routing.refuse_sent(ids)
@@ -190,7 +197,9 @@ class Engine:
         buffers.weights.view(torch.int32).index_copy_(0, weight_slots, rows.weights)
         if self._scale_bytes and not (lean and self._warps <= 1):
             scales = Buffers.view(buffers.scales, buffers.capacity + 1, self._scale_bytes, torch.uint8)
-            scales.index_copy_(0, torch.where(arrival.given[:, 1] > 0, slots, buffers.capacity), rows.scales)
+            moved = self._moved_scale_bytes
+            given = torch.where(arrival.given[:, 1] > 0, slots, buffers.capacity)
+            scales[:, :moved].index_copy_(0, given, rows.scales[:, :moved])
 
     def _total(self, total: torch.Tensor) -> None:
         if self._rules.asynchronous:

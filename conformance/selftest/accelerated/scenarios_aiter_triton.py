@@ -193,8 +193,9 @@ def a_wrong_codec_is_noticed(world: World) -> None:
         "triton.mxfp8": [{"scale_rule": rule} for rule in (ScaleRule.UP, ScaleRule.DOWN, ScaleRule.EVEN)],
     }
     for name, fields in changes.items():
-        codec = backend.contract(_problem(name, 128), name).codec
-        assert codec is not None
+        declared = backend.contract(_problem(name, 128), name)
+        assert isinstance(declared, QuantContract)
+        codec = declared.codec
         inputs = _telling_rows(codec)
         assert [_quantise(name, rows) for rows in inputs] == [""] * len(inputs)
         for field in fields:

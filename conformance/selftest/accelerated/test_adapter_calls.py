@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from accelerated.interface import RankContext
 from accelerated.mori_ep import adapter
 from accelerated.mori_ep.adapter import MoriOperation, MoriSession
 from accelerated.mori_ep.library import MoriLibrary
+from accelerated.wires import as_bytes, row_shape, scale_shape
 from reference.catalogue import KERNEL_TYPES
 from reference.problem import Problem
 
@@ -45,7 +47,10 @@ class RecordingOp:
 
     def dispatch(self, rows: Any, weights: Any, scales: Any, ids: Any) -> tuple[Any, ...]:
         self.calls.append(("dispatch", {"rows": rows, "weights": weights, "scales": scales, "ids": ids}))
-        return self.rows, self.weights, None, self.weights.int(), self.total
+        if scales is None:
+            return self.rows, self.weights, None, self.weights.int(), self.total
+        codes = torch.full((PROBLEM.capacity, rows.shape[1]), 9, dtype=torch.uint8).view(rows.dtype)
+        return codes, self.weights, scales.new_zeros(PROBLEM.capacity, scales.shape[1]), self.weights.int(), self.total
 
     def dispatch_recv(self) -> None:
         self.calls.append(("dispatch_recv", {}))
@@ -166,6 +171,39 @@ def test_arguments_are_what_raw_pointers_need(calls: Calls) -> None:
     combined = calls[-1][1]
     assert combined["ids"] is sent["ids"], "this rank's own ids as dispatched"
     assert combined["weights"].shape == (PROBLEM.capacity, PROBLEM.top_k), "a slice of no rows would mean no weights"
+
+
+@pytest.mark.parametrize(
+    ("wire", "arch", "given", "sent", "scale"),
+    [
+        ("fp8_token", "gfx942", torch.float8_e4m3fnuz, torch.float8_e4m3fnuz, torch.float32),
+        ("fp8_group", "gfx950", torch.uint8, torch.float8_e4m3fn, torch.float32),
+        ("mxfp4", "gfx950", torch.uint8, torch.float4_e2m1fn_x2, torch.uint8),
+        ("mxfp4", "gfx950", torch.float4_e2m1fn_x2, torch.float4_e2m1fn_x2, torch.float8_e8m0fnu),
+    ],
+)
+def test_codes_go_in_the_type_that_has_kernels(
+    calls: Calls, wire: str, arch: str, given: torch.dtype, sent: torch.dtype, scale: torch.dtype
+) -> None:
+    problem = replace(PROBLEM, hidden=256, wire=wire)
+    operation = session(calls, arch).build(problem, "IntraNode")
+    assert calls[-1][1]["data_type"] is sent
+    columns, (groups, size) = row_shape(problem)[0], scale_shape(problem)
+    # A column-major pair of scales, and every second column of codes: MoRI would read on from the first.
+    codes = torch.arange(6 * columns).to(torch.uint8).view(3, 2 * columns)[:, ::2]
+    scales = torch.arange(groups * 3 * size).to(torch.uint8).view(groups, 3 * size).view(scale).t()
+    _, ids, weights = inputs()
+    received = operation.prepare(codes.view(given), ids, weights, scales)
+    passed = calls[-1][1]
+    assert (passed["rows"].dtype, passed["scales"].dtype) == (sent, scale)
+    assert passed["rows"].is_contiguous()
+    assert passed["scales"].is_contiguous()
+    assert torch.equal(passed["rows"].view(torch.uint8), codes)
+    assert torch.equal(as_bytes(passed["scales"]), as_bytes(scales))
+    assert received.rows.dtype is given
+    assert received.rows.view(torch.uint8).tolist() == [[9] * columns] * PROBLEM.capacity
+    assert received.scales is not None
+    assert (received.scales.dtype, received.scales.shape) == (scale, (PROBLEM.capacity, groups))
 
 
 def test_the_count_is_a_copy(calls: Calls) -> None:

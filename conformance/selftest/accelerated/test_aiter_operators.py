@@ -276,6 +276,7 @@ def test_gemma_and_plain_weights_are_told_apart(monkeypatch: pytest.MonkeyPatch)
 def test_the_contract_knows_which_kernel_takes_the_call(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rmsnorm, "_hip_norm", None)
     declared = backend.aiter_standin("gfx950").contract(RowProblem(Family.NORM, 1, 256, ROWS), operator)
+    assert isinstance(declared, NormContract)
     if declared.takes_empty:  # the opus kernels alone take no rows
         assert norm_breaks(operator, "gfx950", 256) == []
     else:

@@ -210,7 +210,9 @@ def test_every_contract_is_constructible(name: str, arch: str) -> None:
 
 def test_what_tells_the_operators_apart() -> None:
     def codec(name: str) -> object:
-        return aiter_triton("gfx942").contract(problem(name), name).codec
+        declared = aiter_triton("gfx942").contract(problem(name), name)
+        assert isinstance(declared, QuantContract | NormContract)
+        return declared.codec
 
     layouts = {
         "triton.mxfp4": ScaleLayout.COLUMN_MAJOR,

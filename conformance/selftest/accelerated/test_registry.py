@@ -52,7 +52,7 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "third_party_backend"
 
 
-BUILT_IN = ("reference", "allgather", "mori", "mori-standin", "aiter", "aiter-standin", "aiter-triton")
+BUILT_IN = ("reference", "allgather", "replicated", "mori", "mori-standin", "aiter", "aiter-standin", "aiter-triton")
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -105,7 +105,7 @@ def test_entry_points_add_names_but_never_replace_built_ins(third_party: str, mo
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("deepep", "unknown backend 'deepep'; choose one of reference, allgather, mori, mori-standin"),
+        ("deepep", "unknown backend 'deepep'; choose one of reference, allgather, replicated, mori, mori-standin"),
         ("no_such_module:factory", "cannot import 'no_such_module:factory'"),
         ("third_party_backend:absent", "cannot import 'third_party_backend:absent'"),
         ("third_party_backend:number", "is not callable"),

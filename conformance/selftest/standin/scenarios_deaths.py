@@ -5,6 +5,8 @@ Scope: each function ends in SIGABRT. It proves nothing about the message or the
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from conformance.selftest.standin.ranks import build, indices, rows, weights
@@ -81,3 +83,9 @@ def negative_v1ll_single_expert(rank: int, world: int) -> None:
 def receive_overflow(rank: int, world: int) -> None:
     op = build(rank, world, "IntraNodeLL", max_total_recv_tokens=2)
     op.dispatch(rows(rank, 4), None, None, indices(*[[0, 1]] * 4))
+
+
+def scales_overrun_staging(rank: int, world: int) -> None:
+    os.environ["MORI_GPU_ARCHS"] = "gfx1250"
+    op = build(rank, world, max_num_inp_token_per_rank=16385, scale_dim=512, scale_type_size=4)
+    op.dispatch(rows(rank, 1), None, torch.zeros(1, 512), indices([0, 1]))

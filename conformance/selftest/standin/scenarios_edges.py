@@ -143,6 +143,24 @@ def formats_move_verbatim(rank: int, world: int) -> None:
             assert int(total) == 0
 
 
+def gfx125x_moves_whole_vectors_of_scales(rank: int, world: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MORI_GPU_ARCHS", "gfx1250")
+        for kind, moved in (("IntraNode", 16), ("IntraNodeLL", 20)):
+            op = build(rank, world, kind, scale_dim=5, scale_type_size=4)
+            scales = torch.arange(40, dtype=torch.uint8).view(torch.float32).view(2, 5)
+            ids = indices([0, 1], [0, 2])
+            out, _, out_scales, _, _ = op.dispatch(rows(rank, 2), weights(rank, 2), scales, ids)
+            position = op.get_dispatch_src_token_pos().tolist()
+            assert out_scales is not None
+            for row, token in enumerate(at % 16 for at in position):
+                found, sent = out_scales.view(torch.uint8)[row], scales.view(torch.uint8)[token]
+                assert torch.equal(found[:moved], sent[:moved])
+                assert found[moved:].tolist() == [255] * (20 - moved), "what is left of a row stays stale"
+            op.combine(out, None, ids)
+            assert rank > 1 or len(position) == (8 if rank == 0 else 4)
+
+
 def expert_count(rank: int, world: int) -> None:
     op = build(rank, world)
     ids = indices([0, 0], [2, 5], [7, -1])

@@ -40,4 +40,4 @@ def test_scenario(outcomes: Mapping[str, list[dict[str, str]]], module: str, sce
 
 
 def test_inventory_is_complete() -> None:
-    assert len(SCENARIOS) == 24
+    assert len(SCENARIOS) == 25

@@ -33,6 +33,7 @@ MODULE = "conformance.selftest.standin.scenarios_deaths"
         ("past_experts_v1_nodes", 2, "another node"),
         ("negative_v1ll_single_expert", 2, "another node"),
         ("receive_overflow", 1, "max_total_recv_tokens"),
+        ("scales_overrun_staging", 1, "bytes of scales a row overrun"),
     ],
 )
 def test_rank_dies(scenario: str, world: int, message: str, tmp_path: Path) -> None:
