@@ -12,12 +12,17 @@ from typing import Literal
 
 import msgspec
 
+from accelerated.experts import SEPARATOR, ExpertProblem, LayerProblem
 from conformance.recipes import explicit_rows
 from conformance.row_cases import Mode, RowCase, RowCell, validate_rows
 from reference.problem import Problem
 
 Values = Literal["integers", "normal", "wide", "bits"]
 Placement = Literal["linear", "round_robin"]
+#: Routing weights of a round: all one, from 1/16 to 1, of both signs, or of both signs with zeros among them.
+Weighting = Literal["ones", "positive", "signed", "zeros"]
+#: A second call of the experts, whose result must be that of the first: see :mod:`conformance.rank.relations`.
+Relation = Literal["", "repeat", "token order", "slot order", "expert order", "larger buffer", "scaled weights"]
 
 Rows = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -122,6 +127,91 @@ class Case(msgspec.Struct, frozen=True, tag="exchange"):
         return sum(map(sum, self.token_counts()))
 
 
+class LayerCell(Cell, frozen=True, order=True, tag="layer"):
+    """A test item of the experts alone (``kernel_type`` is their operator) or of a layer (``kernel type/operator``).
+
+    ``experts`` counts physical experts, of which ``redundant`` are replicas. Experts alone run in one process
+    (``world_size`` 1), one after another for each of ``shards`` expert-parallel ranks; their tokens are rank 0's.
+    With ``translated`` a round-robin placement reaches the exchange as physical positions, without as global ids.
+    """
+
+    intermediate: int = 128
+    shards: int = 1
+    shared: int = 0
+    redundant: int = 0
+    translated: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether the experts lie between a dispatch and a combine."""
+        return SEPARATOR in self.kernel_type
+
+    @property
+    def logical(self) -> int:
+        """L, logical experts: what routers name."""
+        return self.experts - self.redundant
+
+    def expert_problem(self) -> ExpertProblem:
+        """Sizes of the experts; a layer's buffer holds what every rank may send."""
+        shards = self.world_size if self.whole else self.shards
+        return ExpertProblem(
+            shards=shards,
+            hidden=self.hidden,
+            intermediate=self.intermediate,
+            experts=self.experts,
+            top_k=self.top_k,
+            capacity=self.capacity * self.world_size,
+            dtype=self.dtype,
+            shared=self.shared,
+        )
+
+    def problem(self) -> LayerProblem | ExpertProblem:  # type: ignore[override]
+        """Sizes as the reference and the backends take them."""
+        experts = self.expert_problem()
+        placement = "linear" if self.translated else self.placement
+        return LayerProblem(Cell.problem(self), experts, placement) if self.whole else experts
+
+    @property
+    def label(self) -> str:
+        """Readable name, unique among all cells of a run."""
+        parts = [f"{self.shards}shards"] if self.shards > 1 else []
+        parts += [f"{self.shared}shared"] if self.shared else []
+        parts += [f"{self.redundant}replicas"] if self.redundant else []
+        parts += [] if self.translated else ["global-ids"]
+        return "-".join((super().label, f"i{self.intermediate}", *parts))
+
+
+class LayerRound(Round, frozen=True):
+    """One forward pass.
+
+    Attributes:
+        weighting: of the slots.
+        tail: experts alone: rows of the buffer beyond the valid ones, which hold poison.
+        counted: experts alone: the number of valid rows is given on the device, even without a tail.
+        quantised: experts alone: rows come as codes and scales, as a dispatch would deliver them.
+        relation: experts alone: a second call.
+        physical: logical expert of every physical one from this round on; () is the one before, or the initial one.
+    """
+
+    weighting: Weighting = "positive"
+    tail: int = 0
+    counted: bool = False
+    quantised: bool = False
+    relation: Relation = ""
+    physical: tuple[int, ...] = ()
+
+
+class LayerCase(Case, frozen=True, tag="layer"):
+    """A cell and the forward passes that run on one operator, in order."""
+
+    cell: LayerCell
+    rounds: tuple[LayerRound, ...]  # type: ignore[assignment]
+
+
+#: Rows of the largest buffer of the experts.
+MAX_BUFFER = 1 << 20
+
+
 def routing_counts(routing: Explicit | Recipe) -> tuple[int, ...]:
     """Tokens per rank of one round."""
     return routing.counts if isinstance(routing, Recipe) else tuple(map(len, routing.rows))
@@ -143,8 +233,8 @@ def expand(cell: Cell, routing: Explicit | Recipe, only: int | None = None) -> R
     )
 
 
-AnyCell = Cell | RowCell
-AnyCase = Case | RowCase
+AnyCell = Cell | RowCell | LayerCell
+AnyCase = Case | RowCase | LayerCase
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(AnyCase)
@@ -167,6 +257,8 @@ def decode(data: bytes, origin: str) -> AnyCase:
             validate_rows(case)
         else:
             validate(case)
+        if isinstance(case, LayerCase):
+            validate_layer(case)
     except (msgspec.MsgspecError, ValueError) as error:
         raise CaseError(f"{origin} is not a valid case: {error}; fix or delete it") from error
     return case
@@ -208,3 +300,29 @@ def validate(case: Case) -> None:
                         f"round {index}, rank {rank}, token {token} is routed to {row}; give {cell.top_k} ids "
                         f"from -1 to {cell.experts - 1}"
                     )
+
+
+def validate_layer(case: LayerCase) -> None:
+    """Check what a layer's rounds have beyond those of an exchange.
+
+    Raises:
+        CaseError: names the round, the value and the limit.
+    """
+    cell = case.cell
+    if cell.shards < 1 or cell.experts % cell.shards:
+        raise CaseError(f"shards is {cell.shards}; give a number that divides the {cell.experts} experts")
+    if not 0 <= cell.redundant < cell.experts:
+        raise CaseError(f"redundant is {cell.redundant}; give 0 to {cell.experts - 1}")
+    for index, a_round in enumerate(case.rounds):
+        if not 0 <= a_round.tail <= MAX_BUFFER:
+            raise CaseError(f"round {index} has a tail of {a_round.tail} rows; give 0 to {MAX_BUFFER}")
+        if a_round.physical and sorted(set(a_round.physical)) != list(range(cell.logical)):
+            raise CaseError(
+                f"round {index} places {sorted(set(a_round.physical))}; each of {cell.logical} experts once"
+            )
+        if a_round.physical and len(a_round.physical) != cell.experts:
+            raise CaseError(f"round {index} fills {len(a_round.physical)} physical experts; there are {cell.experts}")
+        if isinstance(a_round.routing, Explicit):
+            largest = max((e for rows in a_round.routing.rows for row in rows for e in row), default=-1)
+            if largest >= cell.logical:
+                raise CaseError(f"round {index} routes to expert {largest}; there are {cell.logical} logical ones")

@@ -102,7 +102,8 @@ def rounds(draw: st.DrawFn, cell: Cell, names: Sequence[str], *, delays: bool) -
     )
 
 
-def _applies(archetype: str, cell: Cell, contract: Contract) -> bool:
+def applies(archetype: str, cell: Cell, contract: Contract) -> bool:
+    """Whether an archetype makes sense in a cell, and the contract takes it."""
     if archetype == MASKED:
         return contract.masked_slots is MaskedSlots.DROPPED
     if archetype == "one-node":
@@ -150,7 +151,7 @@ def strata(cell: Cell, contract: Contract, examples: int) -> list[tuple[str, int
     Masked slots are what padding rows look like, and a mixture of ten archetypes may miss one in a small cell; where
     the contract says they are dropped they get an eighth of the budget to themselves.
     """
-    if cell.check == "placement" or examples < 2 or not _applies(MASKED, cell, contract):
+    if cell.check == "placement" or examples < 2 or not applies(MASKED, cell, contract):
         return [("", examples)]
     masked = max(1, examples // 8)
     return [("", examples - masked), (MASKED, masked)]
@@ -165,7 +166,7 @@ def cases(draw: st.DrawFn, cell: Cell, contract: Contract, only: str = "") -> Ca
     """
     if cell.check == "placement":
         return draw(every_expert(cell))
-    names = [only] if only else [a for a in ARCHETYPES if _applies(a, cell, contract)]
+    names = [only] if only else [a for a in ARCHETYPES if applies(a, cell, contract)]
     if cell.mode == "drained":
         return Case(cell, (draw(rounds(cell, names, delays=False)),))
     length = draw(st.integers(12, 24) if cell.check == "soak" else st.integers(2, 4))

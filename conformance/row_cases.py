@@ -1,4 +1,4 @@
-"""Cases of the row operators: quantisers, norms, AllReduce + RMSNorm.
+"""Cases of the row operators: quantisers, norms, AllReduce + RMSNorm, routers.
 
 A call is a number of rows and the patterns they are made from; row i is made from pattern ``i % len(patterns)`` with
 the row's number, the rank and the pattern's own seed, so a row stays what it is while others are taken away. Like every
@@ -33,11 +33,19 @@ Kind = Literal[
     "nan",
     "infinity",
     "every_code",
+    "masked",
+    "few_left",
+    "all_masked",
+    "all_nan",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+#: Kinds of router logits only: -inf for experts that are not to be chosen, or nothing to choose by.
+LOGIT_KINDS: tuple[Kind, ...] = ("masked", "few_left", "all_masked", "all_nan")
 #: Kinds that hold NaN or infinities.
 NONFINITE: tuple[Kind, ...] = ("nan", "infinity")
-Weight = Literal["ones", "twos", "normal"]
+#: Weights of a norm, then correction biases of a router.
+Weight = Literal["ones", "twos", "normal", "zeros", "small", "large", "negative"]
+BIASES: tuple[Weight, ...] = ("zeros", "small", "large", "negative")
 MAX_ROWS = 1 << 20
 EPSILONS = (1e-6, 1e-5, 0.01)
 
@@ -108,7 +116,7 @@ class Call(msgspec.Struct, frozen=True):
         residual: patterns of the residual; empty where the operator takes none.
         num_rows: the device row count that is given, or -1 if none is. The rows beyond it hold poison.
         scale: of a static quantiser.
-        weight: kind of norm weight.
+        weight: kind of norm weight, or of a router's correction bias; not looked at where there is neither.
         epsilon: of a norm.
         into: results go into buffers of ours, which hold what an earlier call of the same shape wrote.
         delays_ms: per rank, slept before the call; () is no delay.

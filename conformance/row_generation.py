@@ -14,15 +14,32 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from accelerated.operators import Family, NormContract, QuantContract
-from conformance.row_cases import EPSILONS, KINDS, NONFINITE, Call, Kind, Pattern, RowCase, RowCell, Weight
+from accelerated.routers import RouteContract
+from conformance.row_cases import (
+    BIASES,
+    EPSILONS,
+    KINDS,
+    LOGIT_KINDS,
+    NONFINITE,
+    Call,
+    Kind,
+    Pattern,
+    RowCase,
+    RowCell,
+    Weight,
+)
 from reference.codecs import Granularity
 
-RowContract = QuantContract | NormContract
+RowContract = QuantContract | NormContract | RouteContract
 #: Rows of a rung of the ladder that is about their contents.
 _FEW = 5
 #: Kinds of residual rows: what a sum of these with the rows rounds to is worth looking at.
 _RESIDUALS: tuple[Kind, ...] = ("normal", "zero", "wide", "ties", "row_scaled", "integers")
 _WEIGHTS: tuple[Weight, ...] = ("normal", "twos", "ones")
+#: Kinds of logits in one call.
+_TOGETHER = 4
+#: Logits of which a router may promise no more than that the ids are distinct and in range.
+_SPECIAL: tuple[Kind, ...] = ("all_masked", "all_nan", "few_left", *NONFINITE, "masked")
 _SCALES = (1.0, 0.125, 0.37, 3.0)
 _MAX_SEED = 2**20 - 1
 
@@ -38,13 +55,14 @@ class _Traits:
     boundaries: tuple[int, ...]
     empty: bool
     out: bool = False
+    weights: tuple[Weight, ...] = ("ones",)  # plain ones first; the second is what most calls have
 
 
 def _traits(cell: RowCell, contract: RowContract) -> _Traits:
     if isinstance(contract, QuantContract):
         shared = contract.codec.granularity in (Granularity.TENSOR, Granularity.BLOCK) and not contract.codec.static
         return _Traits(
-            kinds=tuple(k for k in KINDS if not (shared and k in NONFINITE)),
+            kinds=tuple(k for k in KINDS if k not in LOGIT_KINDS and not (shared and k in NONFINITE)),
             residual=False,
             num_rows=contract.takes_num_rows,
             static=contract.codec.static,
@@ -52,13 +70,24 @@ def _traits(cell: RowCell, contract: RowContract) -> _Traits:
             empty=contract.takes_empty,
             out=contract.takes_out,
         )
+    if isinstance(contract, RouteContract):
+        return _Traits(
+            kinds=tuple(k for k in KINDS if k != "every_code"),
+            residual=False,
+            num_rows=False,
+            static=False,
+            boundaries=contract.boundaries,
+            empty=contract.takes_empty,
+            weights=BIASES if contract.takes_bias else ("ones",),
+        )
     return _Traits(
-        kinds=tuple(k for k in KINDS if k != "every_code"),
+        kinds=tuple(k for k in KINDS if k != "every_code" and k not in LOGIT_KINDS),
         residual=contract.residual,
         num_rows=False,
         static=False,
         boundaries=contract.boundaries,
         empty=contract.takes_empty,
+        weights=("ones", "twos", "normal"),
     )
 
 
@@ -69,6 +98,7 @@ def takes(contract: RowContract, case: RowCase) -> bool:
         (call.rows > 0 or traits.empty)
         and (call.num_rows < 0 or traits.num_rows)
         and (traits.out or not call.into)
+        and call.weight in traits.weights
         and {p.kind for p in call.patterns} <= set(traits.kinds)
         for call in case.calls
     )
@@ -84,9 +114,24 @@ def ladder(cell: RowCell, contract: RowContract, *, short: bool = False) -> Iter
     normal = Pattern("normal", seed=1)
     for rows in _row_ladder(cell, traits):
         yield _single(cell, traits, rows, (normal, Pattern("row_scaled", seed=2)))
-    for kind in traits.kinds if not short else ():
+    for kind in traits.kinds if not short and cell.family is not Family.ROUTE else ():
         # A row of another kind beside it must not feel it.
         yield _single(cell, traits, min(_FEW, cell.capacity), (Pattern(kind, seed=3), normal))
+    if cell.family is Family.ROUTE:
+        if not short:
+            # Rows are routed one by one: several kinds share a call, ordinary rows between them.
+            together = max(min(_TOGETHER, cell.capacity // 2), 1)
+            for first in range(0, len(traits.kinds), together):
+                mixed = tuple(
+                    p for kind in traits.kinds[first : first + together] for p in (Pattern(kind, seed=3), normal)
+                )
+                yield _single(cell, traits, min(len(mixed), cell.capacity), mixed)
+            # The least choices beside the largest, and ties that only the bias breaks.
+            tied = (normal, Pattern("zero"), Pattern("ties", seed=3))
+            yield from (RowCase(cell, (Call(min(_FEW, cell.capacity), tied, weight=w),)) for w in traits.weights)
+        # Every row with nothing, or too little, to choose by in one call, and rows of ties; ordinary ones between them.
+        between = tuple(p for kind in (*_SPECIAL, "zero", "ties") for p in (Pattern(kind, seed=3), normal))
+        yield _single(cell, traits, min(len(between), cell.capacity), between)
     if cell.family is Family.QUANTISE:
         # Scales at and beside as many powers of two as there are groups.
         for seed in (6, 7, 8):
@@ -110,7 +155,7 @@ def ladder(cell: RowCell, contract: RowContract, *, short: bool = False) -> Iter
 
 def _single(cell: RowCell, traits: _Traits, rows: int, patterns: tuple[Pattern, ...]) -> RowCase:
     residual = (Pattern("normal", seed=6),) if traits.residual else ()
-    weight: Weight = "twos" if cell.family is not Family.QUANTISE else "ones"
+    weight = traits.weights[min(1, len(traits.weights) - 1)]
     return RowCase(cell, (Call(rows, patterns if rows else (), residual=residual if rows else (), weight=weight),))
 
 
@@ -161,7 +206,7 @@ def calls(draw: st.DrawFn, cell: RowCell, traits: _Traits, *, delays: bool) -> C
     rows = draw(row_counts(cell, traits))
     palette = tuple(draw(st.lists(patterns(traits.kinds), min_size=1, max_size=4))) if rows else ()
     residual = (draw(patterns(_RESIDUALS)),) if rows and traits.residual else ()
-    norm = cell.family is not Family.QUANTISE
+    norm = cell.family in (Family.NORM, Family.ALLREDUCE_NORM)
     late = draw(st.integers(-cell.world_size, cell.world_size - 1)) if delays and cell.world_size > 1 else -1
     return Call(
         rows,
@@ -169,7 +214,7 @@ def calls(draw: st.DrawFn, cell: RowCell, traits: _Traits, *, delays: bool) -> C
         residual=residual,
         num_rows=draw(st.integers(0, rows)) if traits.num_rows and draw(st.booleans()) else -1,
         scale=draw(st.sampled_from(_SCALES)) if traits.static else 1.0,
-        weight=draw(st.sampled_from(_WEIGHTS)) if norm else "ones",
+        weight=draw(st.sampled_from(_WEIGHTS if norm else traits.weights)) if len(traits.weights) > 1 else "ones",
         epsilon=draw(st.sampled_from(EPSILONS)) if norm else EPSILONS[0],
         into=traits.out and draw(st.booleans()),
         delays_ms=tuple(2 if r == late else 0 for r in range(cell.world_size)) if late >= 0 else (),

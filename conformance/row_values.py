@@ -7,6 +7,7 @@ here, on integers, so that no device's cast decides what the input is. What thes
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from accelerated.operators import NormContract, QuantContract
-from conformance.row_cases import Call, Pattern, RowCell
+from accelerated.routers import RouteContract
+from conformance.row_cases import BIASES, Call, Pattern, RowCaseError, RowCell
 from reference.formats import Format
 
 Array = npt.NDArray[np.float32]
@@ -56,8 +58,11 @@ class Shape:
     top: int = NORM_TOP
 
 
-def shape_of(cell: RowCell, contract: QuantContract | NormContract) -> Shape:
+def shape_of(cell: RowCell, contract: QuantContract | NormContract | RouteContract) -> Shape:
     """What the rows of a cell depend on."""
+    if isinstance(contract, RouteContract):
+        groups = contract.numerics(1).groups
+        return Shape(cell.hidden, cell.dtype, group=max(cell.hidden // groups, 1), top=_TOP[cell.dtype])
     codec = contract.codec
     quantises = isinstance(contract, QuantContract)
     plain = Shape(cell.hidden, cell.dtype, top=_TOP[cell.dtype] if quantises else NORM_TOP)
@@ -95,9 +100,28 @@ def poison(call: Call, rows: Any) -> None:
 def weight_of(call: Call, cell: RowCell) -> Array:
     """``[N]`` float32 norm weights that the element type holds exactly."""
     if call.weight == "normal":
-        drawn = _generator(Pattern("normal", seed=len(call.patterns)), 0, 1 << 20).standard_normal(cell.hidden)
-        return round_values(1 + drawn / 4, cell.dtype)
+        return round_values(1 + _drawn(call, cell) / 4, cell.dtype)
     return np.full(cell.hidden, 2.0 if call.weight == "twos" else 1.0, dtype=np.float32)
+
+
+def bias_of(call: Call, cell: RowCell, dtype: str) -> Array:
+    """``[E]`` float32 correction biases of a router that ``dtype`` holds exactly.
+
+    Trained ones are a fraction of a score ("small"); beside "large" ones a score is lost; with "negative" ones every
+    choice is below zero.
+
+    Raises:
+        RowCaseError: the call's weight is none of a bias.
+    """
+    if call.weight not in BIASES:
+        raise RowCaseError(f"weight is {call.weight!r} for a router with a bias; give one of {', '.join(BIASES)}")
+    drawn = _drawn(call, cell)
+    made = {"zeros": drawn * 0.0, "small": drawn / 16, "large": drawn * 64, "negative": -1 - np.abs(drawn) / 4}
+    return round_values(made[call.weight] + 0.0, dtype)
+
+
+def _drawn(call: Call, cell: RowCell) -> Values:
+    return _generator(Pattern("normal", seed=len(call.patterns)), 0, 1 << 20).standard_normal(cell.hidden)
 
 
 def row_of(pattern: Pattern, index: int, shape: Shape, rank: int) -> Array:
@@ -231,7 +255,7 @@ def _every_code(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values
     return np.where(np.isfinite(values), values, 0.0)
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[Pattern, int, Shape, int], Values]] = {
     "zero": lambda p, i, s, r: np.zeros(s.hidden),
     "one_hot": _one_hot,
     "ones": lambda p, i, s, r: np.full(s.hidden, float(1 + r % 64)),
@@ -248,4 +272,8 @@ _MAKERS = {
     "nan": lambda p, i, s, r: _with(np.nan, p, i, s, r),
     "infinity": lambda p, i, s, r: _with(-np.inf if p.position % 2 else np.inf, p, i, s, r),
     "every_code": _every_code,
+    "masked": lambda p, i, s, r: np.where((np.arange(s.hidden) + i + p.position) % 2, -np.inf, _normal(p, i, s, r)),
+    "few_left": lambda p, i, s, r: np.where(np.arange(s.hidden) == (p.position + i) % s.hidden, 1.5, -np.inf),
+    "all_masked": lambda p, i, s, r: np.full(s.hidden, -np.inf),
+    "all_nan": lambda p, i, s, r: np.full(s.hidden, np.nan),
 }

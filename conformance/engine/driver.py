@@ -268,7 +268,23 @@ _CHECK_ORDER = (
     "norm.scales",
     "norm.codes",
     "norm.ranks",
+    "route.layout",
+    "route.rows",
+    "route.ids",
+    "route.choice",
+    "route.weights",
     "compiled.layout",
+    "sort.totals",
+    "sort.entries",
+    "sort.weights",
+    "sort.experts",
+    "sort.cleared",
+    "experts.layout",
+    "experts.output",
+    "experts.relation",
+    "experts.bits",
+    "layer.layout",
+    "layer.output",
     "outputs.overwritten",
     "outputs.guard",
     "inputs.modified",
@@ -278,7 +294,7 @@ _CHECK_ORDER = (
 #: Phases in which no backend code of the case has run yet.
 _OUR_PHASES = ("inputs", "expected")
 #: Phases of a round in their order; a rank that is behind holds the others up.
-_PHASES = ("prepare", "source map", "experts", "call", "finalize", "judge")
+_PHASES = ("prepare", "load", "forward", "source map", "experts", "call", "finalize", "judge")
 
 
 def _progress(phase: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from conformance.row_cases import EPSILONS, KINDS, Call, Pattern, RowCase, Weight
+from conformance.row_cases import BIASES, EPSILONS, KINDS, Call, Pattern, RowCase, Weight
 
 #: Row lengths to try, shortest first; the planned one comes after them.
 HIDDEN = (32, 64, 128, 256, 384, 512, 1024, 2048, 4096)
@@ -148,6 +148,7 @@ def settings(case: RowCase) -> Iterator[RowCase]:
         {"into": False},
         {"weight": "ones"},
         {"weight": "twos"},
+        *({"weight": bias} for bias in BIASES),
         {"epsilon": EPSILONS[0]},
         {"scale": 1.0},
     )

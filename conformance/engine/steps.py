@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 import msgspec
 
-from conformance.cases import Case, Cell, Explicit, Round, Rows, Values, expand
+from conformance.cases import Case, Cell, Explicit, LayerCase, Round, Rows, Values, expand
+from conformance.engine import layer_steps
 from conformance.rank.routing import wire_rows
 
 Row = tuple[int, ...]
@@ -49,6 +50,7 @@ def size(case: Case) -> tuple[Any, ...]:
         cell.capacity,
         cell.hidden,
         (cell.mode != "drained", cell.placement != "linear"),
+        layer_steps.size(case) if isinstance(case, LayerCase) else (),
         sum(bool(r.delays_ms) for r in rounds),
         sum(_VALUES.index(r.values) for r in rounds),
         sum(r.seed for r in rounds),
@@ -134,14 +136,18 @@ def _folded(case: Case, keep: range, nodes: int) -> Case:
     fold = {-1: -1}
     for expert in range(cell.experts):
         rank, slot = divmod(expert, old)
-        fold[expert] = (keep.index(rank) if rank in keep else rank % width) * new + slot
+        # Where there is room, experts of ranks that go stay apart from those they come to.
+        moved = slot if rank in keep else (slot + old * (1 + rank // width)) % new
+        fold[expert] = (keep.index(rank) if rank in keep else rank % width) * new + moved
     rounds = []
     for a_round in case.rounds:
         rows = rows_of(a_round)
         kept = tuple(tuple(tuple(fold[e] for e in row) for row in rows[r]) for r in keep)
         delays = tuple(a_round.delays_ms[r] for r in keep) if a_round.delays_ms else ()
         rounds.append(msgspec.structs.replace(a_round, routing=Explicit(kept), delays_ms=delays))
-    return with_cell(Case(cell, tuple(rounds)), world_size=width, nodes=nodes, experts=width * new)
+    return with_cell(
+        msgspec.structs.replace(case, rounds=tuple(rounds)), world_size=width, nodes=nodes, experts=width * new
+    )
 
 
 def rank_moves(case: Case) -> Iterator[Case]:
@@ -200,6 +206,8 @@ def linear(case: Case) -> Case:
 
 def settings(case: Case) -> Iterator[Case]:
     """One setting of all rounds, then of one round, made plain."""
+    if isinstance(case, LayerCase):
+        yield from layer_steps.settings(case)
     yield linear(case)
     yield msgspec.structs.replace(case, cell=msgspec.structs.replace(case.cell, mode="drained"))
     yield with_cell(case, nodes=1)
@@ -272,6 +280,8 @@ def fewer_elements(case: Case) -> Iterator[Case]:
     if hidden > PLAIN_HIDDEN:
         yield with_cell(case, hidden=PLAIN_HIDDEN)
         yield with_cell(case, hidden=max(PLAIN_HIDDEN, hidden // 2))
+    if isinstance(case, LayerCase):
+        yield from layer_steps.fewer_elements(case)
 
 
 def lower_capacity(case: Case) -> Iterator[Case]:
@@ -321,6 +331,9 @@ def plainer_rows(row: Row, cell: Cell) -> Iterator[Row]:
     """Rows to try in the place of ``row``: runs, then another order, then each slot changed."""
     yield from _runs(cell)
     yield tuple(sorted(row))
+    lowest = min((e for e in row if e >= 0), default=0)
+    if lowest:
+        yield tuple(e - lowest if e >= 0 else e for e in row)
     per_rank = cell.experts // cell.world_size
     for slot, expert in enumerate(row):
         near = expert - expert % per_rank if expert >= 0 else 0

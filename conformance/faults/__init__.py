@@ -14,6 +14,8 @@ from functools import partial
 from accelerated.aiter_ops.backend import AiterBackend
 from conformance.faults.backends import faulty
 from conformance.faults.catalogue import FAULTS, PROCESS_FAULTS, Fault, Minimum
+from conformance.faults.layer_backends import FaultyBackend, faulty_layer
+from conformance.faults.layer_catalogue import LAYER_FAULTS, LayerFault
 from conformance.faults.row_catalogue import ROW_FAULTS
 from conformance.faults.row_fault import RowFault, RowMinimum
 from conformance.faults.row_replacements import faulty_rows
@@ -35,11 +37,23 @@ python_wait = partial(faulty, "python_wait")
 native_wait = partial(faulty, "native_wait")
 blocked_in_gloo = partial(faulty, "blocked_in_gloo")
 
-__all__ = ["FAULTS", "PROCESS_FAULTS", "ROW_FAULTS", "Fault", "Minimum", "RowFault", "RowMinimum"]
+__all__ = [
+    "FAULTS",
+    "LAYER_FAULTS",
+    "PROCESS_FAULTS",
+    "ROW_FAULTS",
+    "Fault",
+    "LayerFault",
+    "Minimum",
+    "RowFault",
+    "RowMinimum",
+]
 
 
-def __getattr__(name: str) -> Callable[[str], AiterBackend]:
-    """The factory of a fault of the row operators."""
+def __getattr__(name: str) -> Callable[[str], AiterBackend | FaultyBackend]:
+    """The factory of a fault of the row operators, of experts or of layers."""
     if name in ROW_FAULTS:
         return partial(faulty_rows, name)
+    if name in LAYER_FAULTS:
+        return partial(faulty_layer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

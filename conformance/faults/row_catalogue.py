@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from conformance.faults.row_catalogue_norms import NORMS, REDUCTIONS
 from conformance.faults.row_catalogue_quantisers import QUANTISERS
+from conformance.faults.row_catalogue_routes import ROUTES
 
 #: The faults by name.
-ROW_FAULTS = {fault.name: fault for fault in (*QUANTISERS, *NORMS, *REDUCTIONS)}
+ROW_FAULTS = {fault.name: fault for fault in (*QUANTISERS, *NORMS, *REDUCTIONS, *ROUTES)}

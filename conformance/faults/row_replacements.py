@@ -20,7 +20,7 @@ from conformance.faults.row_catalogue import ROW_FAULTS
 
 _ROOT = "accelerated.standin.aiter_ops"
 #: Modules that hold the replacements; they import torch.
-_MODULES = ("row_quantisers", "row_norms", "row_reductions")
+_MODULES = ("row_quantisers", "row_norms", "row_reductions", "row_routes")
 _installed: list[str] = []
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import torch
 
 from accelerated.operators import NormContract, NormResult, QuantContract, QuantResult
+from accelerated.routers import RouteContract, RouteResult
 from conformance.engine.protocol import Mismatch
+from conformance.rank.judge_routes import judge_route
 from reference import layouts, quantisation, rms_norm
 from reference.codecs import Codec, Granularity, ScaleFormat
 from reference.formats import Format
@@ -33,7 +35,7 @@ class Answered:
     Attributes:
         terms: ``[W, M, N]`` rows of every rank, in the element type.
         residual: ``[M, N]``, or None.
-        weight: ``[N]``; not looked at by quantisers.
+        weight: ``[N]`` of a norm, or a router's bias; not looked at by others.
         epsilon: of a norm.
         scale: of a static quantiser.
         num_rows: rows that exist, or -1.
@@ -47,7 +49,7 @@ class Answered:
     epsilon: float
     scale: float
     num_rows: int
-    result: QuantResult | NormResult
+    result: QuantResult | NormResult | RouteResult
     share: slice = field(default_factory=lambda: slice(None))
 
 
@@ -65,8 +67,10 @@ class Logical:
         return decode(self.codes, self.payload)
 
 
-def judge_call(index: int, answered: Answered, contract: QuantContract | NormContract) -> Judgement:
+def judge_call(index: int, answered: Answered, contract: QuantContract | NormContract | RouteContract) -> Judgement:
     """First failed check of one call, or None, and the largest error/bound."""
+    if isinstance(contract, RouteContract):
+        return judge_route(index, answered, contract)
     if isinstance(contract, QuantContract):
         assert isinstance(answered.result, QuantResult)
         rows = answered.terms[0]

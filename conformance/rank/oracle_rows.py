@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 from accelerated.operators import NormContract, NormResult, QuantContract, QuantResult
+from accelerated.routers import RouteContract
 from conformance.engine.protocol import Mismatch
+from conformance.rank.judge_routes import judge_route_by_oracle
 from conformance.rank.judge_rows import (
     Answered,
     Judgement,
@@ -24,8 +26,12 @@ from reference.codecs import Codec
 from reference.intervals import Interval
 
 
-def judge_by_oracle(index: int, answered: Answered, contract: QuantContract | NormContract) -> Judgement:
+def judge_by_oracle(
+    index: int, answered: Answered, contract: QuantContract | NormContract | RouteContract
+) -> Judgement:
     """First failed check of one call, or None, and the largest error/bound."""
+    if isinstance(contract, RouteContract):
+        return judge_route_by_oracle(index, answered, contract)
     if isinstance(contract, NormContract):
         assert isinstance(answered.result, NormResult)
         return _norm(index, answered, answered.result, contract)

@@ -12,7 +12,10 @@ import torch
 
 @dataclass
 class RowInputs:
-    """What one rank hands to one call; every tensor in the element type."""
+    """What one rank hands to one call; tensors in the element type, but a router's bias in its own.
+
+    ``weight`` is of a norm, or a router's bias, which is empty where it takes none.
+    """
 
     rows: torch.Tensor
     residual: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""The program of row operators: quantisers, norms, AllReduce + RMSNorm; drained and free-running.
+"""The program of row operators: quantisers, norms, AllReduce + RMSNorm, routers; drained and free-running.
 
 Inputs of every call are made first. *Drained* synchronises after each call; *free-running* runs every call without
 host sync and without a collective of ours. What every call returned is copied on its stream, and compared with the copy
@@ -25,8 +25,9 @@ from accelerated.operators import (
     QuantOperation,
     QuantResult,
 )
+from accelerated.routers import RouteContract, RouteOperation, RouteResult
 from conformance.engine.protocol import Mismatch
-from conformance.rank import row_count
+from conformance.rank import judge_routes, row_count
 from conformance.rank.guard import backend_code, synchronise
 from conformance.rank.judge_rows import Answered, judge_call
 from conformance.rank.oracle_rows import judge_by_oracle
@@ -34,8 +35,11 @@ from conformance.rank.out_buffers import OutBuffers
 from conformance.rank.phases import SetPhase
 from conformance.rank.row_inputs import RowInputs
 from conformance.row_cases import Call, Pattern, RowCase, RowCell
-from conformance.row_values import DISTINCT, poison, rows_of, shape_of, weight_of
+from conformance.row_values import DISTINCT, bias_of, poison, rows_of, shape_of, weight_of
 
+RowOperation = QuantOperation | NormOperation | RouteOperation
+RowContract = QuantContract | NormContract | RouteContract
+RowResult = QuantResult | NormResult | RouteResult
 #: Tensors of a result.
 _NAMES = ("output", "residual", "codes", "scales")
 
@@ -46,8 +50,8 @@ class RowProgram:
     def __init__(
         self,
         context: RankContext,
-        operation: QuantOperation | NormOperation,
-        contract: QuantContract | NormContract,
+        operation: RowOperation,
+        contract: RowContract,
         judged_by: str,
         cell: RowCell,
     ) -> None:
@@ -84,6 +88,8 @@ class RowProgram:
             if mismatch is None and eager:
                 mismatch = _laid_out_otherwise(index, found, eager[index])
             if mismatch is None:
+                mismatch = self._disturbed(index, pristine[index], found)
+            if mismatch is None:
                 answered = Answered(
                     terms=terms[index],
                     residual=pristine[index].residual,
@@ -103,19 +109,31 @@ class RowProgram:
             return self._calls_of_fewer_rows(pristine, results), worst
         return None, worst
 
-    def _calls_of_fewer_rows(
-        self, pristine: list[RowInputs], results: list[QuantResult | NormResult]
-    ) -> Mismatch | None:
+    def _disturbed(self, index: int, given: RowInputs, found: RowResult) -> Mismatch | None:
+        """Rows of a router that a row beside them changed, before they are judged: it explains what they are. Calls the
+        operator again."""
+        if not isinstance(found, RouteResult) or self._cell.mode != "drained":
+            return None
+        router: RouteOperation = self._operation  # type: ignore[assignment]
+        assert isinstance(self._contract, RouteContract)
+        return judge_routes.disturbed(index, router, self._contract, given, found)
+
+    def _calls_of_fewer_rows(self, pristine: list[RowInputs], results: list[RowResult]) -> Mismatch | None:
         """Last, because it calls the operator again."""
         for index, (given, found) in enumerate(zip(pristine, results, strict=True)):
-            mismatch = row_count.mismatch(index, self._operation, self._contract, given, found)
+            if not isinstance(self._contract, QuantContract) or not isinstance(found, QuantResult):
+                return None
+            quantiser: QuantOperation = self._operation  # type: ignore[assignment]
+            mismatch = row_count.mismatch(index, quantiser, self._contract, given, found)
             if mismatch is not None:
                 return mismatch
         return None
 
     def _buffers(self, case: RowCase) -> OutBuffers | None:
         """Buffers for the calls that write to ours."""
-        if not any(call.into for call in case.calls) or self._contract.codec is None:
+        if isinstance(self._contract, RouteContract) or self._contract.codec is None:
+            return None
+        if not any(call.into for call in case.calls):
             return None
         return OutBuffers(self._contract.codec, self._context.device)
 
@@ -153,10 +171,20 @@ class RowProgram:
         return RowInputs(
             rows,
             residual,
-            self._tensor(weight_of(call, self._cell)),
+            self._weight(call),
             torch.full((1,), call.scale, dtype=torch.float32, device=device) if static else None,
             torch.full((1,), call.num_rows, dtype=torch.int32, device=device) if call.num_rows >= 0 else None,
         )
+
+    def _weight(self, call: Call) -> torch.Tensor:
+        """Of a norm, or the bias of a router in its own element type."""
+        contract = self._contract
+        if not isinstance(contract, RouteContract):
+            return self._tensor(weight_of(call, self._cell))
+        if not contract.takes_bias:
+            return torch.empty(0, device=self._context.device)
+        values = torch.as_tensor(bias_of(call, self._cell, contract.bias_dtype))
+        return values.to(getattr(torch, contract.bias_dtype)).to(self._context.device)
 
     def _tensor(self, values: object) -> torch.Tensor:
         return torch.as_tensor(values).to(self._dtype).to(self._context.device)
@@ -181,12 +209,15 @@ class RowProgram:
         return slice(self._context.rank, None, self._cell.world_size) if identical else slice(None)
 
     # ------------------------------------------------------------------ the backend
-    def _call(self, index: int, call: Call, given: RowInputs, phase: SetPhase) -> QuantResult | NormResult:
+    def _call(self, index: int, call: Call, given: RowInputs, phase: SetPhase) -> RowResult:
         if call.delays_ms and call.delays_ms[self._context.rank]:
             time.sleep(call.delays_ms[self._context.rank] / 1000)
         phase("call", index)
-        result: QuantResult | NormResult
-        if self._cell.family is Family.QUANTISE:
+        result: RowResult
+        if isinstance(self._contract, RouteContract):
+            router: RouteOperation = self._operation  # type: ignore[assignment]
+            result = router.route(given.rows, given.weight if self._contract.takes_bias else None)
+        elif self._cell.family is Family.QUANTISE:
             quantiser: QuantOperation = self._operation  # type: ignore[assignment]
             out = self._out.of(*given.rows.shape) if call.into and self._out is not None else None
             result = quantiser.quantise(given.rows, scale=given.scale, num_rows=given.num_rows, out=out)
@@ -214,7 +245,7 @@ class RowProgram:
         index: int,
         handed: RowInputs,
         pristine: RowInputs,
-        result: QuantResult | NormResult,
+        result: RowResult,
         kept: dict[str, torch.Tensor],
     ) -> Mismatch | None:
         """Inputs left alone, results left alone by later calls."""
@@ -231,7 +262,7 @@ class RowProgram:
                 return Mismatch("outputs.overwritten", index, f"a later call changed the {name} that came back")
         return None
 
-    def _differing_ranks(self, results: Sequence[QuantResult | NormResult]) -> dict[int, Mismatch]:
+    def _differing_ranks(self, results: Sequence[RowResult]) -> dict[int, Mismatch]:
         """By call: which result is not the same on every rank. Compares digests of all of them in one exchange."""
         contract = self._contract
         if not isinstance(contract, NormContract) or not contract.ranks_identical or self._cell.world_size == 1:
@@ -250,8 +281,10 @@ class RowProgram:
         return found
 
 
-def tensors_of(result: QuantResult | NormResult) -> dict[str, torch.Tensor]:
+def tensors_of(result: RowResult) -> dict[str, torch.Tensor]:
     """Tensors of a result by name."""
+    if isinstance(result, RouteResult):
+        return {"weights": result.weights, "ids": result.ids}
     if isinstance(result, QuantResult):
         return {"codes": result.codes, "scales": result.scales}
     found = {"output": result.output, "residual": result.residual}
@@ -260,9 +293,7 @@ def tensors_of(result: QuantResult | NormResult) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def _laid_out_otherwise(
-    index: int, compiled: QuantResult | NormResult, eager: QuantResult | NormResult
-) -> Mismatch | None:
+def _laid_out_otherwise(index: int, compiled: RowResult, eager: RowResult) -> Mismatch | None:
     """Shapes, strides and element types of a compiled operator against the operator's own."""
     left, right = tensors_of(compiled), tensors_of(eager)
     if left.keys() != right.keys():

@@ -17,16 +17,24 @@ import torch
 import torch.distributed as dist
 
 from accelerated.contract import exchange
+from accelerated.experts import ExpertContract, LayerContract
 from accelerated.interface import Combined, Operation, RankContext, Received
 from accelerated.operators import NormContract, NormOperation, NormResult, QuantContract, QuantOperation, QuantResult
 from accelerated.registry import backend
-from conformance.cases import AnyCase, AnyCell, Case
+from accelerated.routers import RouteContract
+from accelerated.sorting import SortContract
+from conformance.cases import AnyCase, AnyCell, Case, LayerCase, LayerCell
 from conformance.engine.protocol import Mismatch
+from conformance.rank.expert_program import ExpertProgram
 from conformance.rank.experts import LocalExperts
 from conformance.rank.guard import backend_code, expect_tensor
+from conformance.rank.guarded_layers import GuardedExperts, GuardedLayer, Together
+from conformance.rank.guarded_routers import GuardedRouter
+from conformance.rank.layer_program import LayerProgram
 from conformance.rank.main import RankSetup
 from conformance.rank.programs import Program
 from conformance.rank.row_programs import RowProgram
+from conformance.rank.sort_program import SortProgram
 from conformance.row_cases import RowCase, RowCell
 
 
@@ -41,11 +49,20 @@ class _Guarded:
         self._operation = operation
         self._hidden, self._top_k = hidden, top_k
 
-    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+    def prepare(
+        self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> Received:
         with backend_code():
-            received = self._operation.prepare(rows, ids, weights)
+            # A backend that knows no wire formats may lack the argument.
+            given = (rows, ids, weights) if scales is None else (rows, ids, weights, scales)
+            received = self._operation.prepare(*given)
             capacity = received.rows.shape[0]
-            _expect("rows", received.rows, (capacity, self._hidden), rows.dtype)
+            # A wire's codes are as many as were sent: half as many elements as the row has where they are packed.
+            _expect("rows", received.rows, (capacity, self._hidden if scales is None else rows.shape[1]), rows.dtype)
+            if scales is not None:
+                _expect("scales", received.scales, (capacity, scales.shape[1]), scales.dtype)
+            elif received.scales is not None:
+                raise TypeError("scales came back from a dispatch without wire; the interface asks for None")
             _expect("ids", received.ids, (capacity, self._top_k), torch.int32)
             _expect("weights", received.weights, (capacity, self._top_k), torch.float32)
             _expect("count", received.count, (1,), torch.int32)
@@ -172,8 +189,8 @@ class RankSession:
         phase("open backend", 0)
         self._backend = backend(setup.backend, arch=setup.arch)
         self._session = self._backend.open(self._context)
-        self._operation: _Guarded | _GuardedQuantiser | _GuardedNorm | None = None
-        self._program: Program | RowProgram | None = None
+        self._operation: Any = None
+        self._program: Program | RowProgram | LayerProgram | ExpertProgram | SortProgram | None = None
 
     def build(self, cell: AnyCell) -> None:
         """Replace the operator. Collective, in the same order on every rank."""
@@ -186,15 +203,51 @@ class RankSession:
         if isinstance(cell, RowCell):
             self._program = self._row_program(cell, built, contract)
             return
+        if isinstance(cell, LayerCell):
+            self._program = self._layer_program(cell, built, contract)
+            return
         self._operation = _Guarded(built, cell.hidden, cell.top_k)
         experts = LocalExperts(cell, self._context.rank, self._context.device)
         self._program = Program(self._context, self._operation, exchange(contract), self._backend.judged_by, experts)
 
     def _row_program(self, cell: RowCell, built: Any, contract: object) -> RowProgram:
-        assert isinstance(contract, QuantContract | NormContract)
-        guarded = _GuardedQuantiser(built) if isinstance(contract, QuantContract) else _GuardedNorm(built)
+        assert isinstance(contract, QuantContract | NormContract | RouteContract)
+        guarded: _GuardedQuantiser | _GuardedNorm | GuardedRouter
+        if isinstance(contract, RouteContract):
+            guarded = GuardedRouter(built)
+        else:
+            guarded = _GuardedQuantiser(built) if isinstance(contract, QuantContract) else _GuardedNorm(built)
         self._operation = guarded
         return RowProgram(self._context, guarded, contract, self._backend.judged_by, cell)
+
+    def _sort_program(self, cell: LayerCell, built: Any, contract: SortContract) -> SortProgram:
+        """The program of a sort: one operator for each shard."""
+        sorts = [built]
+        for _ in range(1, cell.shards):
+            with backend_code():
+                sorts.append(self._session.build(cell.problem(), cell.kernel_type))
+        self._operation = Together(sorts)
+        return SortProgram(self._context, sorts, contract, cell)
+
+    def _layer_program(
+        self, cell: LayerCell, built: Any, contract: object
+    ) -> LayerProgram | ExpertProgram | SortProgram:
+        """The program of a layer, or of its experts alone: one operator for each shard then."""
+        judged_by = self._backend.judged_by
+        if isinstance(contract, LayerContract):
+            layer = GuardedLayer(built)
+            self._operation = layer
+            return LayerProgram(self._context, layer, contract, judged_by, cell)
+        if isinstance(contract, SortContract):
+            return self._sort_program(cell, built, contract)
+        if not isinstance(contract, ExpertContract):
+            raise HarnessError(f"{type(contract).__name__} for {cell.label}; its program knows experts and layers")
+        shards = [GuardedExperts(built)]
+        for _ in range(1, cell.shards):
+            with backend_code():
+                shards.append(GuardedExperts(self._session.build(cell.problem(), cell.kernel_type)))
+        self._operation = Together(shards)
+        return ExpertProgram(self._context, list(shards), contract, judged_by, cell)
 
     def run(self, case: AnyCase) -> tuple[Mismatch | None, float]:
         """Run a case on the current operator.
@@ -203,6 +256,8 @@ class RankSession:
             HarnessError: there is none, or it is of the other kind.
         """
         if isinstance(self._program, RowProgram) and isinstance(case, RowCase):
+            return self._program.run(case, self._phase)
+        if isinstance(self._program, LayerProgram | ExpertProgram | SortProgram) and isinstance(case, LayerCase):
             return self._program.run(case, self._phase)
         if isinstance(self._program, Program) and isinstance(case, Case):
             return self._program.run(case, self._phase)

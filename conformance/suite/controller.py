@@ -20,7 +20,9 @@ import msgspec
 import pytest
 
 from accelerated.contract import Standing
+from accelerated.experts import SEPARATOR
 from accelerated.interface import Finding
+from accelerated.layer import JOIN, halves_of
 from accelerated.mori_ep.backend import torch_builds
 from accelerated.mori_ep.contract import resolve
 from accelerated.mori_ep.launch import session_heap_bytes
@@ -28,7 +30,7 @@ from accelerated.mori_ep.library import probe_mori
 from accelerated.operators import Family, operators_of
 from accelerated.registry import BackendError, backend
 from conformance import __version__
-from conformance.cases import AnyCase, CaseError, Cell, decode
+from conformance.cases import AnyCase, AnyCell, CaseError, Cell, LayerCell, decode
 from conformance.engine.lease import core_slots
 from conformance.row_cases import RowCase, RowCell
 from conformance.suite import kinds, preflight
@@ -66,7 +68,7 @@ def fit_to_machine(options: Options) -> tuple[Options, Machine]:
     made = [backend(name, options.arch) for name in (*options.backends, *options.companions)]
     for each in made:
         findings += [f for f in each.preflight(options.device) if f not in findings]
-    mori = any(each.name == "mori" and not each.standin for each in made)
+    mori = any(half.name == "mori" and not half.standin for each in made for half in halves_of(each))
     devices: list[preflight.Device] = []
     if options.device == "cuda" and not findings:
         try:
@@ -127,13 +129,16 @@ def compile_kernels(options: Options, plan: Plan) -> None:
     Its compile lock has no owner and no timeout: a rank killed while it compiles would block every later run. Ctrl-C
     does not reach the compiler either, which runs in a session of its own.
     """
-    if options.device != "cuda" or "mori" not in options.backends:
+    if options.device != "cuda":
         return
     arch = architecture(options.arch)
-    cells = [
-        planned.cell for planned in plan.cells if isinstance(planned.cell, Cell) and planned.cell.backend == "mori"
-    ]
-    for name in sorted({resolve(cell.kernel_type, cell.problem(), arch) for cell in cells}):
+    wanted = set()
+    for cell in (planned.cell for planned in plan.cells):
+        if not isinstance(cell, Cell) or cell.backend.partition(JOIN)[0] != "mori":
+            continue
+        problem = Cell.problem(cell) if isinstance(cell, LayerCell) else cell.problem()
+        wanted.add(resolve(cell.kernel_type.partition(SEPARATOR)[0], problem, arch))
+    for name in sorted(wanted):
         print(f"ep-conformance: MoRI compiles {name}, which may take minutes", flush=True)
         command = [sys.executable, "-m", "accelerated.mori_ep.warmup", name]
         done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
@@ -178,7 +183,7 @@ def _check_sizes(options: Options, plan: Plan) -> None:
         unable.setdefault((refused.backend, refused.world_size), refused.reason)
     mine = [p.cell for p in plan.cells if p.cell.backend in options.backends]
     able = {cell.world_size for cell in mine}
-    local = bool(mine) and all(isinstance(c, RowCell) and c.family is not Family.ALLREDUCE_NORM for c in mine)
+    local = bool(mine) and all(_is_local(cell) for cell in mine)
     missing = [size for size in options.ep_sizes if size not in able]
     if local and missing and not any((name, missing[0]) in unable for name in options.backends):
         return  # local operators have no EP size
@@ -186,6 +191,13 @@ def _check_sizes(options: Options, plan: Plan) -> None:
         name = next((n for n in options.backends if (n, missing[0]) in unable), options.backends[0])
         reason = unable.get((name, missing[0]), "it offers no such cell")
         raise pytest.UsageError(f"backend {name!r} cannot do EP {missing[0]}: {reason}; give another --ep-sizes")
+
+
+def _is_local(cell: AnyCell) -> bool:
+    """Whether one process plays every rank."""
+    if isinstance(cell, LayerCell):
+        return not cell.whole
+    return isinstance(cell, RowCell) and cell.family is not Family.ALLREDUCE_NORM
 
 
 def replayed_cases(

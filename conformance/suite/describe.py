@@ -6,15 +6,36 @@ What the words leave out: rows beyond the first few; the stored case has them.
 from __future__ import annotations
 
 from accelerated.operators import Family
-from conformance.cases import AnyCase, Case, Explicit
-from conformance.row_cases import Pattern, RowCase
+from conformance.cases import AnyCase, Case, Explicit, LayerCase
+from conformance.row_cases import BIASES, Pattern, RowCase
 
 _SHOWN_TOKENS = 12
 
 
 def describe(case: AnyCase) -> list[str]:
     """Lines that say what the case is."""
+    if isinstance(case, LayerCase):
+        return _layer(case)
     return _rows(case) if isinstance(case, RowCase) else _exchange(case)
+
+
+def _layer(case: LayerCase) -> list[str]:
+    cell = case.cell
+    lines = _exchange(case)
+    lines[0] += f", {cell.kernel_type}, intermediate {cell.intermediate}"
+    if not cell.whole:
+        lines[0] += f", {cell.shards} shards one after another, {cell.shared} shared experts"
+    if cell.redundant:
+        lines[0] += f", {cell.redundant} replicas of {cell.logical} logical experts"
+    for index, a_round in enumerate(case.rounds):
+        details = [f"weights {a_round.weighting}"]
+        details += [f"{a_round.tail} poisoned rows beyond the valid ones"] if a_round.tail else []
+        details += ["row count on the device"] if a_round.counted else []
+        details += ["rows quantised before"] if a_round.quantised else []
+        details += [f"relation {a_round.relation}"] if a_round.relation else []
+        details += [f"physical experts hold {list(a_round.physical)}"] if a_round.physical else []
+        lines.append(f"  round {index}: " + ", ".join(details))
+    return lines
 
 
 def _exchange(case: Case) -> list[str]:
@@ -51,7 +72,9 @@ def _rows(case: RowCase) -> list[str]:
             details.append(f"num_rows {call.num_rows}")
         if call.scale != 1.0:
             details.append(f"scale {call.scale}")
-        if cell.family is not Family.QUANTISE:
+        if cell.family is Family.ROUTE:
+            details.append(f"bias {call.weight}" if call.weight in BIASES else "no bias")
+        elif cell.family is not Family.QUANTISE:
             details.append(f"weight {call.weight}, epsilon {call.epsilon}")
         if call.into:
             details.append("into buffers of ours")

@@ -11,11 +11,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from conformance.cases import AnyCase, encode
+from conformance.cases import AnyCase, LayerCase, encode
 from conformance.engine.driver import Outcome
 from conformance.row_cases import RowCase
 from conformance.suite.describe import describe
 from conformance.suite.reproduce import script
+from conformance.suite.reproduce_layers import layer_script
 from conformance.suite.reproduce_rows import row_files
 from conformance.verdicts import Verdict
 
@@ -99,7 +100,9 @@ class Failure:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "case.json").write_bytes(encode(self.minimal))
         (self.directory / "original.json").write_bytes(encode(self.original))
-        if isinstance(self.minimal, RowCase):
+        if isinstance(self.minimal, LayerCase):
+            (self.directory / "reproduce.py").write_text(layer_script(self.minimal, self.device, self.arch))
+        elif isinstance(self.minimal, RowCase):
             for name, content in row_files(self.minimal, self.device, self.arch, self.outcome.check).items():
                 (self.directory / name).write_bytes(content)
         else:

@@ -1,6 +1,6 @@
-"""What differs between cases of dispatch/combine and cases of row operators, for the rest of the suite.
+"""What differs between cases of dispatch/combine, of row operators and of layers, for the rest of the suite.
 
-Scope: one place that tells the two apart. What it does not decide: anything about a verdict.
+Scope: one place that tells them apart. What it does not decide: anything about a verdict.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from typing import Any
 from hypothesis.strategies import SearchStrategy
 
 from accelerated.contract import MaskedSlots, Standing, exchange
+from accelerated.experts import ExpertContract, LayerContract
 from accelerated.interface import Backend
 from accelerated.operators import NormContract, QuantContract
-from conformance.cases import AnyCase, AnyCell, Explicit
+from accelerated.routers import RouteContract
+from accelerated.sorting import SortContract
+from conformance import layer_generation
+from conformance.cases import AnyCase, AnyCell, CaseError, Explicit, LayerCase, LayerCell, validate_layer
 from conformance.engine.reducer import Reducer, Reduction, RowReducer
 from conformance.generation import cases, strata
 from conformance.row_cases import RowCase, RowCell
 from conformance.row_generation import RowContract, ladder, row_cases, takes
-from conformance.suite import coverage, row_coverage
+from conformance.suite import coverage, layer_coverage, row_coverage
 from conformance.suite.cells import PlannedCell
 from reference.problem import ProblemError
 
@@ -28,19 +32,29 @@ Part = tuple[str, int, SearchStrategy[Any]]
 def fixed_cases(planned: PlannedCell, contract: object) -> Iterator[AnyCase]:
     """Cases that every run of a cell begins with."""
     if isinstance(planned.cell, RowCell):
-        yield from ladder(planned.cell, _row_contract(contract), short=planned.short)
+        yield from ladder(planned.cell, row_contract(contract), short=planned.short)
+    elif isinstance(planned.cell, LayerCell) and not planned.cell.whole:
+        experts = _layer_contract(contract)
+        assert isinstance(experts, ExpertContract)
+        yield from layer_generation.ladder(planned.cell, experts, short=planned.short)
 
 
 def drawn_parts(cell: AnyCell, contract: object, examples: int) -> list[Part]:
     """Parts of a cell's budget: name, cases, strategy."""
     if isinstance(cell, RowCell):
-        return [("", examples, row_cases(cell, _row_contract(contract)))] if cell.check != "codecs" else []
+        return [("", examples, row_cases(cell, row_contract(contract)))] if cell.check != "codecs" else []
+    if isinstance(cell, LayerCell):
+        layer = _layer_contract(contract)
+        shares = layer_generation.strata_of(cell, layer, examples)
+        return [(name, share, layer_generation.layer_cases(cell, layer, name)) for name, share in shares if share]
     declared = exchange(contract)
     return [(name, share, cases(cell, declared, name)) for name, share in strata(cell, declared, examples)]
 
 
 def classes(case: AnyCase) -> tuple[str, ...]:
     """Input classes that a case hits."""
+    if isinstance(case, LayerCase):
+        return layer_coverage.classes(case)
     return row_coverage.classes(case) if isinstance(case, RowCase) else coverage.classes(case)
 
 
@@ -48,7 +62,16 @@ def required(planned: PlannedCell, contract: object, parts: list[Part]) -> froze
     """Classes without which a cell's checks mean nothing."""
     cell = planned.cell
     if isinstance(cell, RowCell):
-        return row_coverage.required(cell, empty=_row_contract(contract).takes_empty, short=planned.short)
+        return row_coverage.required(cell, empty=row_contract(contract).takes_empty, short=planned.short)
+    if isinstance(cell, LayerCell):
+        layer = _layer_contract(contract)
+        return layer_coverage.required(
+            cell,
+            short=planned.short,
+            masked=len(parts) > 1 if isinstance(layer, LayerContract) else layer.drops_masked,
+            quantised=isinstance(layer, ExpertContract) and layer.wire is not None,
+            duplicates=layer_generation.takes_duplicates(layer),
+        )
     return coverage.required(cell.world_size, masked=len(parts) > 1)
 
 
@@ -70,7 +93,13 @@ def legal(made: Backend, case: AnyCase) -> bool:
     if made.support(problem, case.cell.kernel_type).standing is Standing.REFUSED:
         return False
     if isinstance(case, RowCase):
-        return takes(_row_contract(made.contract(problem, case.cell.operator)), case)
+        return takes(row_contract(made.contract(problem, case.cell.operator)), case)
+    if isinstance(case, LayerCase):
+        try:
+            validate_layer(case)
+        except CaseError:
+            return False
+        return layer_generation.takes(_layer_contract(made.contract(problem, case.cell.kernel_type)), case)
     contract = exchange(made.contract(problem, case.cell.kernel_type))
     if contract.masked_slots is MaskedSlots.DROPPED:
         return True
@@ -83,6 +112,14 @@ def caveat(made: Backend, device: str) -> str:
     return str(getattr(made, "caveat", "")) if device == "cpu" else ""
 
 
-def _row_contract(contract: object) -> RowContract:
-    assert isinstance(contract, QuantContract | NormContract)
+def row_contract(contract: object) -> RowContract:
+    """A contract that is a row operator's."""
+    assert isinstance(contract, QuantContract | NormContract | RouteContract)
+    return contract
+
+
+def _layer_contract(contract: object) -> ExpertContract | LayerContract:
+    if isinstance(contract, SortContract):
+        return layer_generation.as_experts(contract)
+    assert isinstance(contract, ExpertContract | LayerContract)
     return contract

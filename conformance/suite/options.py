@@ -12,15 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from accelerated.layer import JOIN, split_path
 from accelerated.operators import operators_of
 from accelerated.registry import BackendError, backend
 from conformance.suite import preflight
+from conformance.suite.layer_plan import is_layer
 from conformance.suite.plan import DEFAULT_EP_SIZES
 from reference.catalogue import CatalogueError, ModelShape, architectures, model_shape, model_shapes
 
 TIERS = ("smoke", "gate", "explore", "replay")
 AUTO = "auto"
-COMPANIONS = ("reference", "allgather")
+COMPANIONS = ("reference", "allgather", f"reference{JOIN}reference")
+#: Dispatches that every build of torch has, beside the experts under test: all-to-all and none at all.
+NAIVE_DISPATCH = ("allgather", "replicated")
 MAX_EP_SIZE = 64
 
 
@@ -67,8 +71,9 @@ def add_options(parser: pytest.Parser) -> None:
         action="append",
         default=None,
         metavar="NAME",
-        help="backend under test: auto, a registered name, or package.module:factory; may be repeated "
-        "(default: auto, which is mori and aiter on a ROCm machine, and their stand-ins elsewhere)",
+        help="backend under test: auto, a registered name, package.module:factory, or a+b for whole layers with a's "
+        "dispatch and combine and b's experts; may be repeated (default: auto, which is mori, aiter and mori+aiter on "
+        "a ROCm machine, and their stand-ins elsewhere)",
     )
     group.addoption(
         "--kernel-type",
@@ -83,8 +88,8 @@ def add_options(parser: pytest.Parser) -> None:
         action="append",
         default=None,
         metavar="NAME",
-        help="quantiser, norm or AllReduce + norm to keep; may be repeated (default: all). Kernel types are left out "
-        "unless --kernel-type names some",
+        help="quantiser, norm, AllReduce + norm, router, sort or experts to keep; may be repeated (default: all). "
+        "Kernel types are left out unless --kernel-type names some; of layers, those with these experts stay",
     )
     group.addoption("--ep-sizes", default=None, metavar="LIST", help="expert-parallel sizes (default: 1,2,4,8)")
     group.addoption(
@@ -137,17 +142,19 @@ def read_options(config: pytest.Config) -> Options:
     rocm = preflight.is_rocm_machine()
     companions: tuple[str, ...] = ()
     if AUTO in names:
-        real = (
-            ("mori", "aiter") if rocm or config.getoption("--require-hardware") else ("mori-standin", "aiter-standin")
-        )
-        names = tuple(dict.fromkeys(made for n in names for made in (real if n == AUTO else (n,))))
-        companions = tuple(c for c in COMPANIONS if c not in names)
+        real = rocm or config.getoption("--require-hardware")
+        mori, aiter = ("mori", "aiter") if real else ("mori-standin", "aiter-standin")
+        every = (mori, aiter, f"{mori}{JOIN}{aiter}")
+        names = tuple(dict.fromkeys(made for n in names for made in (every if n == AUTO else (n,))))
+        beside = (*COMPANIONS, *(f"{dispatch}{JOIN}{aiter}" for dispatch in NAIVE_DISPATCH))
+        companions = tuple(c for c in beside if c not in names)
     arch = config.getoption("--arch") or "gfx942"
     if arch not in architectures():
         raise pytest.UsageError(f"--arch is {arch!r}; choose one of {', '.join(sorted(architectures()))}")
     device = config.getoption("--device")
     if device == "auto":
-        device = "cuda" if {"mori", "aiter"} & set(names) else "cpu"
+        halves = {half for name in names for half in name.split(JOIN)}
+        device = "cuda" if {"mori", "aiter"} & halves else "cpu"
     _check_backends((*names, *companions), arch, bool(config.getoption("--require-hardware")), device)
     kernel_types = tuple(config.getoption("--kernel-type") or ())
     operators = tuple(config.getoption("--operator") or ())
@@ -196,7 +203,12 @@ def _check_kernel_types(
     offered: set[str] = set()
     for name in names:
         made = backend(name, arch)
-        known |= {*made.kernel_types, *getattr(made, "aliases", ())}
+        kernels = {*made.kernel_types, *getattr(made, "aliases", ())}
+        if is_layer(made):
+            known |= {split_path(path).kernel_type for path in kernels}
+            offered |= {split_path(path).operator for path in kernels}
+            continue
+        known |= kernels
         offered |= {operator for family in operators_of(made).values() for operator in family}
     for operator in operators:
         if operator not in offered:

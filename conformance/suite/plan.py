@@ -15,9 +15,11 @@ import msgspec
 
 from accelerated.contract import Standing
 from accelerated.interface import Backend
+from accelerated.layer import split_path
 from conformance.cases import Cell, Placement
 from conformance.row_cases import Mode
 from conformance.suite.cells import Plan, PlannedCell, Unsupported
+from conformance.suite.layer_plan import expert_cells, is_layer, layer_cells
 from conformance.suite.row_plan import row_cells
 from reference.catalogue import ModelShape
 from reference.problem import Problem, ProblemError
@@ -123,7 +125,30 @@ def make_plan(
     cells: list[PlannedCell] = []
     refused: dict[tuple[str, str, int, int, str], Unsupported] = {}
     turn = 0
+
+    def take(found: Iterator[PlannedCell | Unsupported]) -> None:
+        for one in found:
+            if isinstance(one, PlannedCell):
+                cells.append(one)
+            else:
+                refused[(one.backend, one.kernel_type, one.world_size, one.nodes, one.reason)] = one
+
     for name, backend, companion in backends:
+        if is_layer(backend):
+            paths = _paths(backend, () if companion else kernel_types, () if companion else operators)
+            take(
+                layer_cells(
+                    name,
+                    backend,
+                    companion=companion,
+                    tier=tier,
+                    ep_sizes=ep_sizes,
+                    paths=paths,
+                    models=models,
+                    only_models=only_models,
+                )
+            )
+            continue
         wanted = list(backend.kernel_types)
         if kernel_types and not companion:
             offered = (*backend.kernel_types, *getattr(backend, "aliases", ()))
@@ -131,14 +156,12 @@ def make_plan(
         if operators and not kernel_types:
             wanted = []
         if not only_models and (operators or not kernel_types):
-            found_rows = row_cells(
-                name, backend, companion=companion, tier=tier, ep_sizes=ep_sizes, operators=operators, device=device
+            take(
+                row_cells(
+                    name, backend, companion=companion, tier=tier, ep_sizes=ep_sizes, operators=operators, device=device
+                )
             )
-            for row in found_rows:
-                if isinstance(row, PlannedCell):
-                    cells.append(row)
-                else:
-                    refused[(row.backend, row.kernel_type, row.world_size, row.nodes, row.reason)] = row
+            take(expert_cells(name, backend, companion=companion, tier=tier, operators=operators, device=device))
         slots: tuple[Slot, ...] = {"smoke": SMOKE}.get(tier, COMPANION if companion else GATE)
         # The oracle works in float64 on the host: production sizes would take it minutes.
         if not companion and tier != "smoke" and backend.judged_by != "oracle":
@@ -164,6 +187,20 @@ def make_plan(
     # Wide cells first: they take longest, and neighbours of one width share a pool.
     cells.sort(key=_turn)
     return Plan(tuple(cells), tuple(refused.values()))
+
+
+def _paths(backend: Backend, kernel_types: Sequence[str], operators: Sequence[str]) -> list[str]:
+    """Paths of a composed backend to plan: of these kernel types and with these experts, all if empty.
+
+    Vendor names for kernel types are planned only where they are asked for.
+    """
+    offered = (*backend.kernel_types, *(getattr(backend, "aliases", ()) if kernel_types else ()))
+    taken = [split_path(path) for path in offered]
+    return [
+        path
+        for path, parts in zip(offered, taken, strict=True)
+        if (not kernel_types or parts.kernel_type in kernel_types) and (not operators or parts.operator in operators)
+    ]
 
 
 def _turn(planned: PlannedCell) -> tuple[Any, ...]:

@@ -14,11 +14,12 @@ import numpy as np
 
 from accelerated.operators import NormContract, QuantContract
 from accelerated.registry import backend
+from accelerated.routers import RouteContract
 from conformance.row_cases import RowCase
-from conformance.row_values import rows_of, shape_of, weight_of
+from conformance.row_values import bias_of, rows_of, shape_of, weight_of
 
 #: Checks that the script does not make.
-_NOT_MADE = ("inputs.", "outputs.", "compiled.", "norm.ranks", "quantise.row_count")
+_NOT_MADE = ("inputs.", "outputs.", "compiled.", "norm.ranks", "quantise.row_count", "route.rows")
 
 _TEMPLATE = '''#!/usr/bin/env python
 """Case {case_id}: {label}
@@ -74,6 +75,11 @@ def main():
         # Rows repeat after so many as are stored.
         return held if rows is None else held[torch.arange(rows, device=device) % max(len(held), 1)]
 
+    def bias(index, contract):
+        if not contract.takes_bias:
+            return None
+        return torch.from_numpy(stored[f"weight{{index}}"]).to(getattr(torch, contract.bias_dtype)).to(device)
+
     results = []
     for index, call in enumerate(CALLS):
         if call["delays_ms"]:
@@ -87,6 +93,8 @@ def main():
             scale = torch.tensor([call["scale"]], dtype=torch.float32, device=device) if static else None
             count = torch.tensor([call["num_rows"]], dtype=torch.int32, device=device) if counted else None
             results.append(operation.quantise(rows, scale=scale, num_rows=count))
+        elif PROBLEM.family is Family.ROUTE:
+            results.append(operation.route(rows, bias(index, contract)))
         else:
             residual = tensor(f"residual{{index}}_{{rank}}", call["rows"]) if contract.residual else None
             weight = tensor(f"weight{{index}}")
@@ -100,7 +108,7 @@ def main():
         answered = Answered(
             terms=torch.stack([tensor(f"rows{{index}}_{{r}}", call["rows"]) for r in range(world)]),
             residual=tensor(f"residual{{index}}_{{rank}}", call["rows"]) if call["residual"] else None,
-            weight=tensor(f"weight{{index}}"),
+            weight=bias(index, contract) if PROBLEM.family is Family.ROUTE else tensor(f"weight{{index}}"),
             epsilon=call["epsilon"],
             scale=call["scale"],
             num_rows=call["num_rows"],
@@ -137,11 +145,12 @@ def row_files(case: RowCase, device: str = "cpu", arch: str = "gfx942", check: s
     """
     cell = case.cell
     contract = backend(cell.backend, arch).contract(cell.problem(), cell.operator)
-    assert isinstance(contract, QuantContract | NormContract)
+    assert isinstance(contract, QuantContract | NormContract | RouteContract)
+    bias_dtype = contract.bias_dtype if isinstance(contract, RouteContract) else ""
     shape = shape_of(cell, contract)
     stored = {}
     for index, call in enumerate(case.calls):
-        stored[f"weight{index}"] = weight_of(call, cell)
+        stored[f"weight{index}"] = bias_of(call, cell, bias_dtype) if bias_dtype else weight_of(call, cell)
         for rank in range(cell.world_size):
             stored[f"rows{index}_{rank}"] = rows_of(call, cell, shape, rank)
             if isinstance(contract, NormContract) and contract.residual:

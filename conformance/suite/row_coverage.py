@@ -5,6 +5,7 @@ What a hit class does not prove: that the backend took a different path because 
 
 from __future__ import annotations
 
+from accelerated.operators import Family
 from conformance.row_cases import RowCase, RowCell
 
 
@@ -31,5 +32,9 @@ def required(cell: RowCell, *, empty: bool, short: bool = False) -> frozenset[st
     """
     if cell.check == "codecs":
         return frozenset({"rows every_code"})
+    if cell.family is Family.ROUTE:
+        # Without these nothing is known of ids that must stay distinct where there is nothing to choose by.
+        own = {"rows normal", "rows all_masked"} | (set() if short else {"rows ties", "rows nan", "rows one_hot"})
+        return frozenset(own | ({"no rows"} if empty else set()))
     own = {"rows normal", "rows row_scaled"} if short else {"rows normal", "rows zero", "rows ties"}
     return frozenset(own | ({"no rows"} if empty else set()))

@@ -31,8 +31,19 @@ class RowSlot:
     short: bool = False  # see PlannedCell
 
 
-_Q, _N, _A = Family.QUANTISE, Family.NORM, Family.ALLREDUCE_NORM
+_Q, _N, _A, _R = Family.QUANTISE, Family.NORM, Family.ALLREDUCE_NORM, Family.ROUTE
 
+#: Rows on the far side of 212 per compute unit, on the largest architecture of the catalogue (aiter/ops/topk.py:190).
+ABOVE_TOKEN_SWITCH = 64_452
+#: Numbers of experts of models, powers of two and others; as many as a wave, fewer and more. A form takes some of them.
+_ROUTES = (
+    RowSlot("route", _R, 256, 9, {1: 4}),
+    RowSlot("route", _R, 72, 17, {1: 2}, short=True),
+    RowSlot("route", _R, 128, 17, {1: 1}, "float16", short=True),
+    RowSlot("route", _R, 32, 33, {1: 1}, "float32", short=True),
+    RowSlot("route", _R, 384, 17, {1: 1}, short=True),
+    RowSlot("route", _R, 256, 66, {1: 1}, "float32", mode="free-running", short=True),
+)
 #: Two groups of 128 and eight of 32; one group, where some kernels change; ragged groups; more rows than a wave.
 GATE = (
     RowSlot("codecs", _Q, 256, 256, {1: 0}),
@@ -52,11 +63,14 @@ GATE = (
     RowSlot("allreduce_norm", _A, 512, 128, {2: 6, 4: 4, 8: 3}, mode="free-running", short=True),
     RowSlot("compiled", _N, 256, 9, {1: 2}, short=True),
     RowSlot("compiled", _A, 512, 9, {2: 2}, short=True),
+    *_ROUTES,
 )
 SMOKE = (
     RowSlot("quantise", _Q, 256, 17, {1: 2}),
     RowSlot("norm", _N, 256, 9, {1: 2}),
     RowSlot("allreduce_norm", _A, 512, 33, {2: 2, 4: 1}),
+    RowSlot("route", _R, 256, 5, {1: 2}, short=True),
+    RowSlot("route", _R, 72, 5, {1: 2}, short=True),
 )
 #: What a backend that is not the subject of the run gets.
 COMPANION = (
@@ -66,6 +80,8 @@ COMPANION = (
     RowSlot("allreduce_norm", _A, 512, 33, {2: 3, 4: 2, 8: 1}),
     RowSlot("compiled", _N, 256, 9, {1: 2}, short=True),
     RowSlot("compiled", _A, 512, 9, {2: 2}, short=True),
+    RowSlot("route", _R, 256, 5, {1: 1}),
+    RowSlot("route", _R, 72, 17, {1: 1}, short=True),
 )
 #: What a GPU gets on top: production sizes, hidden sizes that fusions have missed, many rows.
 HARDWARE = (
@@ -76,7 +92,13 @@ HARDWARE = (
     RowSlot("norm", _N, 8192, 512, {1: 6}),
     *(RowSlot("allreduce_norm", _A, n, 4096, {2: 6}) for n in (2880, 3584, 6144, 7168, 8192)),
     RowSlot("allreduce_norm", _A, 7168, 512, {2: 12}, mode="free-running"),
+    RowSlot("route", _R, 256, 4096, {1: 8}),
+    RowSlot("route", _R, 384, 4096, {1: 8}, "float32"),
+    RowSlot("route", _R, 256, 512, {1: 8}, mode="free-running"),
+    RowSlot("route", _R, 256, ABOVE_TOKEN_SWITCH, {1: 2}, "float32", short=True),
 )
+#: Explore on any device: AITER changes its biased grouped kernel with the number of tokens.
+EXPLORE = (RowSlot("route", _R, 256, ABOVE_TOKEN_SWITCH, {1: 1}, "float32", short=True),)
 #: Explore on a GPU: more than 2**31 bytes, and more than 2**31 elements.
 EXPLORE_HARDWARE = (
     RowSlot("quantise", _Q, 8192, 131_080, {1: 1}),
@@ -110,6 +132,8 @@ def row_cells(
     if device == "cuda" and tier != "smoke" and backend.judged_by != "oracle":
         slots += HARDWARE
         slots += EXPLORE_HARDWARE if tier == "explore" else ()
+    elif tier == "explore" and not companion and backend.judged_by != "oracle":
+        slots += EXPLORE
     offered = {Family(family): names for family, names in operators_of(backend).items()}
     for family, names in offered.items():
         sizes = [size for size in ep_sizes if size > 1] if family is Family.ALLREDUCE_NORM else [1]

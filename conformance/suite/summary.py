@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from conformance.cases import AnyCell
+from conformance.cases import AnyCell, LayerCell
 from conformance.row_cases import RowCell
 from conformance.suite.records import BeginRecord, CellRecord, EndRecord, Record, RunRecord
 from conformance.verdicts import PRODUCT_FAILURES, ExitCode, Verdict, exit_code
@@ -138,6 +138,8 @@ def _void_what_was_judged_wrongly(totals: Totals) -> None:
 
 def _subject(cell: AnyCell) -> str:
     """What part of the reference a cell is judged by; a compiler that is off says nothing about anything else."""
+    if isinstance(cell, LayerCell):
+        return "experts"
     if isinstance(cell, RowCell) and cell.check == "compiled":
         return cell.check
     return cell.family.value if isinstance(cell, RowCell) else "dispatch and combine"
@@ -197,8 +199,8 @@ def _print_coverage(totals: Totals, console: Console) -> None:
         name = cell.backend + (" (STAND-IN)" if owner.standin else "")
         generated[(name, _line_of(owner), cell.world_size)].add(end.case_id)
     table = Table(title="distinct cases, worst error/bound", title_justify="left")
-    table.add_column("backend")
-    table.add_column("kernel type or operators")
+    table.add_column("backend", overflow="fold")
+    table.add_column("kernel type or operators", overflow="fold")
     for size in sorted(sizes):
         table.add_column(f"EP {size}", justify="right")
     for backend, kernel_type in sorted({key[:2] for key in status}):

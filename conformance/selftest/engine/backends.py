@@ -102,14 +102,16 @@ class DefectiveOperation(ReferenceOperation):
         self._rank = context.rank
         self._asked: set[int] = set()
 
-    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+    def prepare(
+        self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> Received:
         # A row of one slot says nothing, so that ordinary cases stay ordinary.
         self._asked = {row[0] for row in ids.tolist() if len(row) > 1 and len(set(row)) == 1}
         for defect in self._asked & _IN_PREPARE.keys():
             _IN_PREPARE[defect]()
         if Defect.FORGED_ANSWER in self._asked:
             answer_another_command(self._rank)
-        received = super().prepare(rows, ids, weights)
+        received = super().prepare(rows, ids, weights, scales)
         if Defect.DROPPED_ROW in self._asked:
             received.count -= 1
         return received
@@ -218,10 +220,12 @@ class _DroppingOperation(ReferenceOperation):
         super().__init__(context, problem, 1)
         self._rank = context.rank
 
-    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+    def prepare(
+        self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> Received:
         from reference.dispatch_combine import Dispatched
 
-        received = super().prepare(rows, ids, weights)
+        received = super().prepare(rows, ids, weights, scales)
         sent = received.state
         assert isinstance(sent, Dispatched)
         if bool((sent.source_rank != self._rank).any()):
@@ -245,13 +249,15 @@ def held_mark(hold: str | Path, pid: int) -> Path:
 
 
 class _HeldOperation(ReferenceOperation):
-    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
+    def prepare(
+        self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> Received:
         hold = os.environ.get(HOLD_VARIABLE)
         if hold:
             held_mark(hold, os.getpid()).touch()
         while hold and Path(hold).exists():
             time.sleep(0.01)
-        return super().prepare(rows, ids, weights)
+        return super().prepare(rows, ids, weights, scales)
 
 
 class Held(ExchangeBackend):

@@ -18,7 +18,7 @@ from accelerated.registry import backend
 from conformance.engine.driver import Driver
 from conformance.faults import ROW_FAULTS, RowFault, RowMinimum, row_replacements
 from conformance.faults.row_fault import MinimalCall
-from conformance.row_cases import Call, Pattern, RowCase, RowCell
+from conformance.row_cases import LOGIT_KINDS, NONFINITE, Call, Pattern, RowCase, RowCell
 from conformance.selftest.faults.test_faults import caught
 from conformance.suite.cells import PlannedCell
 from conformance.suite.failure import Failure
@@ -33,11 +33,13 @@ STANDIN = "aiter-standin"
 #: Each candidate costs a compilation, so that these are shown at their minimum and not reduced.
 COMPILED = tuple(name for name, fault in ROW_FAULTS.items() if fault.subject == "compiled")
 REDUCED = tuple(name for name in ROW_FAULTS if name not in COMPILED)
-#: Of these, the smallest cell has float16 rows, which gfx942 stores like everything else.
-SECOND = ("residual_rounded_twice", "truncated_store", "rounded_store")
+#: Of these, the smallest cell has float16 rows, which gfx942 stores like everything else; or it has no kinds of rows.
+SECOND = ("residual_rounded_twice", "truncated_store", "rounded_store", "tie_broken_outside")
 
 #: Kinds that every row of the ladder shows, or something plainer than what it holds.
 _PLAIN = {"zero", "one_hot", "ones", "integers", "normal"}
+#: Kinds of logits that every ladder of a router shows.
+_TOGETHER = {"ties", *NONFINITE, *LOGIT_KINDS}
 
 Harnesses = Callable[[str], Harness]
 
@@ -93,7 +95,8 @@ def cells_of(fault: RowFault, name: str) -> list[PlannedCell]:
         cell = planned.cell
         rows = max(call.rows for call in minimum.calls)
         repeats = len(minimum.calls) == 1 or minimum.calls[0].into or cell.mode == "free-running"
-        missing = planned.short and not {kind for call in minimum.calls for kind in call.kinds} <= _PLAIN
+        shown = _PLAIN | _TOGETHER if cell.check == "route" else _PLAIN
+        missing = planned.short and not {kind for call in minimum.calls for kind in call.kinds} <= shown
         if cell.hidden >= minimum.hidden and cell.capacity >= rows and repeats and not missing:
             found.append(planned)
     return sorted(found, key=lambda p: p.cell.hidden * p.cell.capacity)[: 2 if fault.name in SECOND else 1]
@@ -203,5 +206,6 @@ def test_every_property_of_row_operators_has_a_fault() -> None:
         "quantise",
         "norm",
         "allreduce_norm",
+        "route",
     }
     assert {slot.check for slot in GATE}.isdisjoint(fault.subject for fault in ROW_FAULTS.values())

@@ -69,6 +69,7 @@ def in_any_order(numerics: NormNumerics) -> NormNumerics:
 
 def codes_of(answered: Answered) -> QuantResult:
     """The quantised part of a result."""
+    assert isinstance(answered.result, QuantResult | NormResult)
     found = answered.result if isinstance(answered.result, QuantResult) else answered.result.quantised
     assert found is not None
     return found

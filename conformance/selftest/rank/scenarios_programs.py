@@ -48,8 +48,10 @@ class _Lying:
     def __init__(self, inner: Operation, prepared: Callable[[Received], None], combined: Callable[[Combined], None]):
         self._inner, self._prepared, self._combined = inner, prepared, combined
 
-    def prepare(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Received:
-        received = self._inner.prepare(rows, ids, weights)
+    def prepare(
+        self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> Received:
+        received = self._inner.prepare(rows, ids, weights, scales)
         self._prepared(received)
         return received
 

@@ -33,6 +33,7 @@ def asked_of(family: Family, operator: str, rows: torch.Tensor) -> tuple[Any, Qu
     problem = RowProblem(family, 1, rows.shape[1], 64, str(rows.dtype).removeprefix("torch."))
     assert reference_rows.support(problem, operator).reason == ""
     contract = reference_rows.contract(problem, operator)
+    assert isinstance(contract, QuantContract | NormContract)
     context: Any = type("Context", (), {"group": None})()
     return reference_rows.build(context, problem, operator), contract
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerated.operators import Family, NormContract, QuantContract
+from accelerated.operators import Family
 from accelerated.reference_rows import OPERATORS
 from accelerated.registry import backend
 from conformance.row_cases import Call, Pattern, RowCase, RowCell
+from conformance.row_generation import RowContract
+from conformance.suite.kinds import row_contract
 
-CHECKS = {Family.QUANTISE: "quantise", Family.NORM: "norm", Family.ALLREDUCE_NORM: "allreduce_norm"}
+CHECKS = {
+    Family.QUANTISE: "quantise",
+    Family.NORM: "norm",
+    Family.ALLREDUCE_NORM: "allreduce_norm",
+    Family.ROUTE: "route",
+}
 NORMAL = Pattern("normal", seed=1)
 
 
@@ -33,11 +40,9 @@ def row_cell(operator: str = "token_fn", **changes: Any) -> RowCell:
     return RowCell(operator=operator, **{**sizes, **changes})
 
 
-def contract_of(cell: RowCell) -> QuantContract | NormContract:
+def contract_of(cell: RowCell) -> RowContract:
     """The contract of a cell."""
-    found = backend(cell.backend).contract(cell.problem(), cell.operator)
-    assert isinstance(found, QuantContract | NormContract)
-    return found
+    return row_contract(backend(cell.backend).contract(cell.problem(), cell.operator))
 
 
 def row_case(cell: RowCell | None = None, *calls: Call) -> RowCase:

@@ -17,14 +17,25 @@ from hypothesis import given, seed, settings
 
 from accelerated.operators import Family, NormContract, QuantContract
 from accelerated.registry import backend
-from conformance.row_cases import KINDS, NONFINITE, Call, Pattern, RowCase, RowCell, validate_rows
+from conformance.row_cases import (
+    BIASES,
+    KINDS,
+    LOGIT_KINDS,
+    NONFINITE,
+    Call,
+    Pattern,
+    RowCase,
+    RowCell,
+    validate_rows,
+)
 from conformance.row_generation import RowContract, ladder, row_cases, takes
-from conformance.selftest.suite.row_cells import NORMAL, contract_of, row_case, row_cell
+from conformance.selftest.suite.row_cells import CHECKS, NORMAL, contract_of, row_case, row_cell
 from conformance.selftest.suite.runs import ROOT
 from conformance.suite import kinds, row_coverage
 from reference.codecs import STANDARD, Granularity
 
 SHARED = [n for n, c in STANDARD.items() if c.granularity in (Granularity.TENSOR, Granularity.BLOCK) and not c.static]
+GROUPED = "route.grouped_g8t4k8"
 OWN = [n for n in ("token_fn", "group128_fnuz", "mxfp4_even", "tensor_static_fn") if n in STANDARD]
 
 
@@ -50,17 +61,34 @@ def used(cases: list[RowCase]) -> set[str]:
 @pytest.mark.parametrize("operator", [*OWN, *SHARED])
 def test_the_ladder_of_a_quantiser_holds_every_kind(operator: str) -> None:
     missing = set(KINDS) - used(rungs(row_cell(operator)))
-    assert missing == (set(NONFINITE) if operator in SHARED else set())
+    assert missing == set(LOGIT_KINDS) | (set(NONFINITE) if operator in SHARED else set())
 
 
 @pytest.mark.parametrize("operator", ["rms_norm", "rms_norm_add", "fused", "fused_no_residual"])
 def test_the_ladder_of_a_norm_holds_every_kind(operator: str) -> None:
     cell = row_cell(operator)
     found = rungs(cell)
-    assert used(found) == set(KINDS) - {"every_code"}
+    assert used(found) == set(KINDS) - {"every_code", *LOGIT_KINDS}
     wanted = contract_of(cell)
     assert isinstance(wanted, NormContract)
     assert {bool(call.residual) for call in calls(found) if call.rows} == {wanted.residual}
+
+
+@pytest.mark.parametrize(("operator", "biases"), [("route.softmax_k8", {"ones"}), (GROUPED, set(BIASES))])
+def test_the_ladder_of_a_router_holds_every_kind_and_bias(operator: str, biases: set[str]) -> None:
+    cell = row_cell(operator)
+    found = rungs(cell)
+    assert used(found) == set(KINDS) - {"every_code"}
+    assert {call.weight for call in calls(found)} == biases
+    hit = {c for case in found for c in kinds.classes(case)}
+    assert row_coverage.required(cell, empty=True) <= hit
+    short = list(ladder(cell, contract_of(cell), short=True))
+    special = next(call for call in calls(short) if "all_nan" in {p.kind for p in call.patterns})
+    assert [p.kind for p in special.patterns][1::2] == ["normal"] * 8, "an ordinary row after every special one"
+    assert {p.kind for p in special.patterns} == {"normal", "zero", "ties", *NONFINITE, *LOGIT_KINDS}
+    hit = {c for case in short for c in kinds.classes(case)}
+    assert row_coverage.required(cell, empty=True, short=True) <= hit
+    assert not row_coverage.required(cell, empty=True) <= hit
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 4, 33])
@@ -158,6 +186,7 @@ CELLS = [
     row_cell("rms_norm_add", mode="free-running"),
     row_cell("fused", world_size=4, mode="free-running"),
     row_cell("fused_group128", capacity=2),
+    row_cell(GROUPED, mode="free-running"),
 ]
 
 
@@ -178,11 +207,14 @@ def test_drawn_cases_are_varied() -> None:
     cell = CELLS[5]
     found = drawn(cell, contract_with("fused", boundaries=(20,)), 60)
     every = list(calls(found))
-    assert used(found) == set(KINDS) - {"every_code"}
+    assert used(found) == set(KINDS) - {"every_code", *LOGIT_KINDS}
     assert {20, 21, 33} <= {call.rows for call in every}
     assert {call.weight for call in every} == {"ones", "twos", "normal"}
     assert {max(call.delays_ms, default=0) for call in every} == {0, 2}
     assert {call.delays_ms.index(2) for call in every if call.delays_ms} == {0, 1, 2, 3}
+    routed = drawn(CELLS[7], contract_of(CELLS[7]), 60)
+    assert used(routed) == set(KINDS) - {"every_code"}
+    assert {call.weight for call in calls(routed)} == set(BIASES)
     counted = list(calls(drawn(CELLS[0], contract_with("token_fn", takes_num_rows=True), 30)))
     assert any(0 <= call.num_rows < call.rows for call in counted)
     assert {call.scale for call in calls(drawn(CELLS[3], contract_of(CELLS[3])))} == {1.0, 0.125, 0.37, 3.0}
@@ -197,6 +229,8 @@ def test_drawn_cases_are_varied() -> None:
         ("token_fn", {"takes_out": False}, Call(3, (NORMAL,), into=True)),
         ("tensor_fn", {}, Call(3, (NORMAL, Pattern("nan")))),
         ("block128_fn", {}, Call(3, (NORMAL, Pattern("infinity")))),
+        ("token_fn", {}, Call(3, (NORMAL, Pattern("all_nan")))),
+        ("fused", {}, Call(3, (NORMAL,), residual=(NORMAL,), weight="negative")),
     ],
 )
 def test_a_reduction_keeps_to_the_contract(operator: str, change: dict[str, bool], call: Call) -> None:
@@ -252,4 +286,5 @@ def test_draws_do_not_depend_on_what_is_loaded_or_set(tmp_path: Path) -> None:
 
 
 def test_the_family_of_a_cell_says_which_test_runs_it() -> None:
-    assert {cell.family for cell in CELLS} == set(Family)
+    assert {cell.family for cell in CELLS} == set(CHECKS)
+    assert set(Family) - set(CHECKS) == {Family.EXPERTS, Family.SORT}, "theirs are cases of layers"

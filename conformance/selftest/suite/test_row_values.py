@@ -15,8 +15,19 @@ import pytest
 import torch
 
 from accelerated.operators import Family
-from conformance.row_cases import KINDS, NONFINITE, Call, Kind, Pattern
-from conformance.row_values import DISTINCT, NORM_TOP, Array, Shape, poison, round_values, row_of, rows_of, shape_of
+from conformance.row_cases import BIASES, KINDS, LOGIT_KINDS, NONFINITE, Call, Kind, Pattern, RowCaseError
+from conformance.row_values import (
+    DISTINCT,
+    NORM_TOP,
+    Array,
+    Shape,
+    bias_of,
+    poison,
+    round_values,
+    row_of,
+    rows_of,
+    shape_of,
+)
 from conformance.row_values import weight_of as weights
 from conformance.selftest.suite.row_cells import NORMAL, contract_of, row_cell
 from reference.codecs import STANDARD, Codec
@@ -43,6 +54,10 @@ DIGESTS: dict[Kind, str] = {
     "nan": "3837c0e5fe64",
     "infinity": "71ce61bb9f1e",
     "every_code": "eb996084bba3",
+    "masked": "2bfcf991b5af",
+    "few_left": "a70e0710f094",
+    "all_masked": "e8a9ac999b0f",
+    "all_nan": "ab0db81a5e57",
 }
 
 
@@ -73,7 +88,7 @@ def test_every_row_is_held_exactly(operator: str, dtype: str) -> None:
                 assert row.dtype == np.float32
                 nan = np.isnan(row)
                 assert same(held_by(row, dtype)[~nan], row[~nan]), kind
-                assert np.isfinite(row).all() or kind in NONFINITE, kind
+                assert np.isfinite(row).all() or kind in (*NONFINITE, *LOGIT_KINDS), kind
 
 
 @pytest.mark.parametrize("kind", NONFINITE)
@@ -127,17 +142,17 @@ def test_rows_repeat_after_many() -> None:
     assert rows.shape == (DISTINCT, 32)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("zero", "ties", "every_code")])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("zero", "ties", "every_code", *LOGIT_KINDS)])
 def test_ranks_differ(kind: Kind) -> None:
     rows = [row_of(Pattern(kind, seed=4), 1, shape(), rank).tobytes() for rank in range(8)]
     assert len(set(rows)) == 8
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("zero", "ones")])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("zero", "ones", "all_masked", "all_nan")])
 def test_rows_and_seeds_differ(kind: Kind) -> None:
     rows = [row_of(Pattern(kind, seed=4), index, shape(), 0).tobytes() for index in range(3)]
     assert len(set(rows)) == 3
-    seeded = kind not in ("one_hot", "every_code")
+    seeded = kind not in ("one_hot", "every_code", "few_left")
     assert (rows[0] != row_of(Pattern(kind, seed=5), 0, shape(), 0).tobytes()) == seeded
 
 
@@ -234,6 +249,34 @@ def test_weights(dtype: str) -> None:
     drawn = made("normal")
     assert same(drawn, held_by(drawn, dtype))
     assert np.unique(drawn).size > 50
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_biases(dtype: str) -> None:
+    cell = row_cell("route.grouped_g8t4k8")
+    zeros, small, large, negative = (
+        bias_of(msgspec.structs.replace(Call(1, (NORMAL,)), weight=kind), cell, dtype) for kind in BIASES
+    )
+    for made in (zeros, small, large, negative):
+        assert same(made, held_by(made, dtype))
+    assert not zeros.any()
+    assert 0 < np.abs(small).max() < 0.5, "a fraction of a score"
+    assert np.abs(large).max() > 64
+    assert negative.max() <= -1, "no score lifts a choice above zero"
+    assert not same(small, bias_of(Call(1, (NORMAL, NORMAL), weight="small"), cell, dtype))
+    with pytest.raises(RowCaseError, match="weight is 'twos' for a router with a bias; give one of zeros"):
+        bias_of(Call(1, (NORMAL,), weight="twos"), cell, dtype)
+
+
+def test_logits_leave_some_or_none_to_choose() -> None:
+    what = shape_of(row_cell("route.grouped_g8t4k8"), contract_of(row_cell("route.grouped_g8t4k8")))
+    assert what.group == 32, "what lies by group lies by group of experts"
+    finite = {k: int(np.isfinite(row_of(Pattern(k, 3, 1), 2, what, 0)).sum()) for k in LOGIT_KINDS}
+    assert finite == {"masked": 128, "few_left": 1, "all_masked": 0, "all_nan": 0}
+    assert np.isnan(row_of(Pattern("all_nan"), 0, what, 0)).all()
+    assert (row_of(Pattern("all_masked"), 0, what, 0) == -np.inf).all()
+    tied = row_of(Pattern("ties"), 0, what, 0)
+    assert np.unique(tied).size <= 2 * 7 + 1, "most logits are equal to others"
 
 
 def test_a_norm_with_a_quantiser_gets_its_ties() -> None:

@@ -1,0 +1,268 @@
+"""Seeded faults of experts and of whole layers: what each is, which property and check catch it, its minimum.
+
+Scope: plain data without torch; the defects are in :mod:`conformance.faults.layers`. The minima are written down from
+the definition of each fault, not read off a run. They do not say how likely a fault is to be met.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from conformance.cases import Rows
+
+_STANDIN = "aiter-standin"
+_WHOLE = "mori-standin+aiter-standin"
+
+
+@dataclass(frozen=True)
+class LayerFault:
+    """A seeded fault.
+
+    Attributes:
+        name: what :mod:`conformance.faults` calls it.
+        description: what goes wrong.
+        source: the real defect that it repeats; "" where it stands for a kind of defect.
+        path: operator of the experts, or path of the layer, whose cells catch it.
+        rounds: routing of the minimum, ``[round][rank][token][slot]``.
+        cell: sizes of the minimum's cell that say something about the fault.
+        settings: of every round of the minimum, away from the plainest.
+        check: what the failing check is called.
+        subject: the property that catches it.
+        base: the backend that has it.
+        arch: architecture on which it is one.
+    """
+
+    name: str
+    description: str
+    source: str
+    path: str
+    rounds: tuple[Rows, ...]
+    cell: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    check: str = "experts.output"
+    subject: str = "experts"
+    base: str = _STANDIN
+    arch: str = "gfx942"
+
+    @property
+    def backend(self) -> str:
+        """What ``--backend`` takes."""
+        return f"conformance.faults:{self.name}"
+
+
+def _alone(*tokens: tuple[int, ...]) -> tuple[Rows, ...]:
+    """One round of experts alone."""
+    return ((tokens,),)
+
+
+def _on_two(*tokens: tuple[int, ...], rounds: int = 1) -> tuple[Rows, ...]:
+    """Rounds on two ranks, all tokens on the first."""
+    return ((tokens, ()),) * rounds
+
+
+_BF16 = "fused_moe.bf16"
+_LAYER = "IntraNode/fused_moe.bf16"
+
+_FAULTS = (
+    LayerFault(
+        "mask_as_map",
+        "the 0/1 mask is taken for a map to slots: every local route gets the second local expert",
+        "vllm#29773, ATOM#887",
+        _BF16,
+        _alone((0,)),
+        {"experts": 2},
+    ),
+    LayerFault(
+        "map_as_mask",
+        "local routes count on from the first local expert in their order of arrival",
+        "vllm#49758",
+        _BF16,
+        _alone((1,)),
+        {"experts": 2},
+    ),
+    LayerFault(
+        "histogram_as_count",
+        "the row count is that of the first local expert",
+        "vllm#53261",
+        _BF16,
+        _alone((1,)),
+        settings={"counted": True},
+    ),
+    LayerFault(
+        "long_buffer_zeros",
+        "valid rows are zero where the buffer is 32 times as long",
+        "vllm#53108",
+        _BF16,
+        _alone((0,)),
+        settings={"tail": 31},
+    ),
+    LayerFault(
+        "tail_leaks",
+        "rows beyond the count are multiplied by zero and added",
+        "aiter#3677",
+        _BF16,
+        _alone((0,)),
+        settings={"tail": 2},
+    ),
+    LayerFault("gate_up_swapped", "the up half is taken for the gate", "", _BF16, _alone((0,))),
+    LayerFault(
+        "weights_ignored", "every routing weight is one", "", _BF16, _alone((0,)), settings={"weighting": "positive"}
+    ),
+    LayerFault(
+        "negative_weights_lost",
+        "negative routing weights count as zero",
+        "",
+        _BF16,
+        _alone((0,)),
+        settings={"weighting": "signed"},
+    ),
+    LayerFault(
+        "duplicate_once",
+        "an expert named twice counts once",
+        "",
+        "experts.bf16",
+        _alone((0, 0)),
+        {"top_k": 2},
+        base="reference",
+    ),
+    LayerFault(
+        "masked_computed", "a masked slot goes to the first local expert", "", _BF16, _alone((-1,)), {"shards": 2}
+    ),
+    LayerFault("rows_behind_a_tile", "rows from the 33rd on are zero", "", _BF16, _alone(*((0,),) * 33)),
+    LayerFault(
+        "scale_of_next_row",
+        "weight scales are those of the next output channel",
+        "",
+        "fused_moe.fp8_token",
+        _alone((0,)),
+    ),
+    LayerFault(
+        "second_quantisation",
+        "rows are quantised, dequantised and quantised again with other scales",
+        "vllm#37418",
+        "fused_moe.fp8_block",
+        _alone((0,)),
+    ),
+    LayerFault(
+        "bias_by_global_id",
+        "biases are looked up by global id",
+        "aiter#3208",
+        "experts.swiglu_mxfp4",
+        _alone((2,)),
+        {"shards": 2, "experts": 4},
+        base="reference",
+    ),
+    LayerFault(
+        "cached_by_rows",
+        "a call with the rows of the call before returns its output",
+        "",
+        _BF16,
+        _alone((0,)),
+        settings={"relation": "scaled weights"},
+        check="experts.relation",
+    ),
+    LayerFault(
+        "unsteady",
+        "the second of two equal calls is off by a last bit",
+        "",
+        "experts.bf16",
+        _alone((0,)),
+        settings={"relation": "repeat"},
+        check="experts.bits",
+        base="reference",
+    ),
+    LayerFault(
+        "padding_names_row_zero",
+        "entries that fill up a block name row 0, slot 0",
+        "ATOM's padding tiles, aiter#2478",
+        "moe_sorting",
+        _alone((0,)),
+        check="sort.entries",
+        subject="sort",
+    ),
+    LayerFault(
+        "sort_weights_by_slot",
+        "weights of the second slot are those of the first",
+        "",
+        "moe_sorting",
+        _alone((0, 1)),
+        {"top_k": 2},
+        settings={"weighting": "positive"},
+        check="sort.weights",
+        subject="sort",
+    ),
+    LayerFault(
+        "sort_ignores_count",
+        "rows beyond the count are sorted too",
+        "aiter#4375",
+        "moe_sorting",
+        _alone(),
+        settings={"tail": 1},
+        check="sort.totals",
+        subject="sort",
+    ),
+    LayerFault(
+        "sort_names_global_experts",
+        "blocks name the global id of their expert",
+        "",
+        "moe_sorting",
+        _alone((1,)),
+        {"shards": 2},
+        check="sort.experts",
+        subject="sort",
+    ),
+    LayerFault(
+        "buffer_not_cleared",
+        "the row that the first token's experts add to is not zero",
+        "",
+        "moe_sorting",
+        _alone((0,)),
+        check="sort.cleared",
+        subject="sort",
+    ),
+    LayerFault(
+        "local_experts_only",
+        "slots of other ranks' experts are left out",
+        "vllm#37529",
+        _LAYER,
+        _on_two((1,)),
+        check="layer.output",
+        subject="layer",
+        base=_WHOLE,
+    ),
+    LayerFault(
+        "last_slot_lost",
+        "the last of several slots is left out",
+        "",
+        _LAYER,
+        _alone((0, 1)),
+        {"top_k": 2},
+        check="layer.output",
+        subject="layer",
+        base=_WHOLE,
+    ),
+    LayerFault(
+        "tokens_swapped",
+        "the first two tokens of a rank get each other's output",
+        "",
+        _LAYER,
+        (((((0,), (0,)),)),),
+        check="layer.output",
+        subject="layer",
+        base=_WHOLE,
+    ),
+    LayerFault(
+        "stale_replica",
+        "weights of a rank's last expert are not moved",
+        "EPLB#22, sglang#25882",
+        _LAYER,
+        (),
+        check="layer.output",
+        subject="eplb",
+        base=_WHOLE,
+    ),
+)
+
+#: Faults of experts and layers by name.
+LAYER_FAULTS = {fault.name: fault for fault in _FAULTS}

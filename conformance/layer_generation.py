@@ -1,0 +1,256 @@
+"""Cases of the experts alone and of whole layers: a fixed ladder for the experts, and Hypothesis strategies.
+
+The ladder of the experts runs the empty call, both sides of every row count at which the backend changes its path, a
+buffer up to 4,096 times as long as its valid rows, no token for a shard's first expert, no token for a shard at all,
+masked slots, every relation and, where rows may come quantised, a quantised call. Layers draw their routing like any
+exchange. What is never drawn: ids beyond the logical experts, masked slots where exchange or experts do not drop them,
+and NaN in valid rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from random import Random
+from typing import get_args
+
+import msgspec
+from hypothesis import strategies as st
+
+from accelerated.contract import Contract, MaskedSlots
+from accelerated.experts import ExpertContract, LayerContract
+from accelerated.sorting import SortContract
+from conformance.cases import (
+    Explicit,
+    LayerCase,
+    LayerCell,
+    LayerRound,
+    Relation,
+    Round,
+    Rows,
+    Values,
+    Weighting,
+    expand,
+)
+from conformance.generation import MASKED, applies, rounds
+from conformance.recipes import ARCHETYPES, Row, Site
+from reference.expert_numerics import ExpertNumerics
+
+#: Valid rows of the long buffer, and how many times as long it is.
+_FEW, _TIMES = 4, (2, 32, 4096)
+_VALUES: tuple[Values, ...] = ("normal", "normal", "integers", "wide")
+#: What tells most first: Hypothesis begins with the first choice of everything.
+_WEIGHTINGS: tuple[Weighting, ...] = ("signed", "zeros", "positive", "ones")
+RELATIONS: tuple[Relation, ...] = get_args(Relation)[1:]
+_MAX_SEED = 2**20 - 1
+_PALETTE = 5
+#: Archetypes of the experts alone: how the slots of a token spread over the shards.
+_ARCHETYPES = ("uniform", "hot-expert", "hot-rank", "spread", "avoid-rank")
+
+
+def drops_masked(contract: ExpertContract | LayerContract) -> bool:
+    """Whether slots of -1 contribute nothing on the whole path."""
+    if isinstance(contract, LayerContract):
+        return contract.masked_slots is MaskedSlots.DROPPED
+    return contract.drops_masked
+
+
+def takes_duplicates(contract: ExpertContract | LayerContract) -> bool:
+    """Whether a row may name an expert twice."""
+    return contract.experts.takes_duplicates if isinstance(contract, LayerContract) else contract.takes_duplicates
+
+
+def _without_repeats(rows: Rows, experts: int) -> Rows:
+    """Every repeated id replaced by the next expert that its row does not name yet."""
+
+    def changed(row: Row) -> Row:
+        found: list[int] = []
+        for expert in row:
+            rest = ((expert + step) % experts for step in range(experts))
+            found.append(expert if expert < 0 else next(e for e in rest if e not in found))
+        return tuple(found)
+
+    return tuple(tuple(map(changed, tokens)) for tokens in rows)
+
+
+def takes(contract: ExpertContract | LayerContract, case: LayerCase) -> bool:
+    """Whether the contract says something about every round of a case with explicit rows."""
+    experts = contract.experts if isinstance(contract, LayerContract) else contract
+    for a_round in case.rounds:
+        rows = a_round.routing.rows if isinstance(a_round.routing, Explicit) else ()
+        if not experts.takes_duplicates and rows != _without_repeats(rows, case.cell.logical):
+            return False
+        if not drops_masked(contract) and any(-1 in row for tokens in rows for row in tokens):
+            return False
+        if isinstance(contract, LayerContract):
+            continue
+        if (a_round.tail or a_round.counted) and not experts.takes_num_rows:
+            return False
+        if a_round.quantised and experts.wire is None:
+            return False
+        if rows and not rows[0] and not a_round.tail and not experts.takes_empty:
+            return False
+    return True
+
+
+def as_experts(contract: SortContract) -> ExpertContract:
+    """What the generator asks of a contract, for a sort."""
+    return ExpertContract(
+        numerics=lambda rows: ExpertNumerics(),
+        takes_num_rows=contract.takes_num_rows,
+        takes_remote=contract.masked,
+        drops_masked=contract.masked,
+        takes_duplicates=False,
+        takes_empty=False,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- the ladder
+def ladder(cell: LayerCell, contract: ExpertContract, *, short: bool = False) -> Iterator[LayerCase]:
+    """Cases that every run of the experts alone begins with; ``short`` leaves out what does not depend on the size."""
+    repeats = contract.takes_duplicates
+    for count in _row_ladder(cell, contract):
+        yield _one(cell, _routing(cell, count, "uniform", seed=count), weighting="signed")
+    counted = contract.takes_num_rows
+    for times in _TIMES if counted else ():
+        valid = min(_FEW, cell.capacity)
+        yield _one(cell, _routing(cell, valid, "uniform", seed=times), tail=valid * (times - 1))
+    if counted and contract.takes_empty:
+        yield _one(cell, Explicit(((),)), tail=5)
+    if short:
+        return
+    few = min(9, cell.capacity)
+    for parameter in range(cell.shards):
+        yield _one(cell, _routing(cell, few, "hot-rank", parameter=parameter, repeats=repeats), values="integers")
+    yield _one(cell, _routing(cell, few, "duplicates" if repeats else "spread", repeats=repeats), weighting="zeros")
+    yield _one(cell, _routing(cell, few, "without the first", repeats=repeats), values="integers", counted=counted)
+    yield _one(cell, _routing(cell, few, "hot-expert", parameter=cell.logical - 1), values="wide")
+    if contract.drops_masked:
+        yield _one(cell, _routing(cell, few, MASKED), counted=counted)
+    if contract.wire is not None:
+        yield _one(cell, _routing(cell, few, "uniform", seed=3), quantised=True, tail=3 if counted else 0)
+    for seed, relation in enumerate(RELATIONS if cell.check != "sort" else ()):
+        tail = 3 if counted and relation != "scaled weights" else 0
+        yield _one(cell, _routing(cell, few, "uniform", seed=seed), relation=relation, weighting="signed", tail=tail)
+
+
+def _row_ladder(cell: LayerCell, contract: ExpertContract) -> list[int]:
+    sides = [boundary + step for boundary in contract.boundaries for step in (0, 1)]
+    least = 0 if contract.takes_empty else 1
+    return sorted({rows for rows in (0, 1, 3, cell.capacity, *sides) if least <= rows <= cell.capacity})
+
+
+def _one(cell: LayerCell, routing: Explicit, **settings: object) -> LayerCase:
+    plain: dict[str, object] = {"values": "normal", "weighting": "positive", "seed": 1}
+    return LayerCase(cell, (LayerRound(routing, **(plain | settings)),))  # type: ignore[arg-type]
+
+
+def _routing(
+    cell: LayerCell, count: int, archetype: str, *, seed: int = 0, parameter: int = 0, repeats: bool = True
+) -> Explicit:
+    """``count`` rows of one archetype, with shards in the place of ranks."""
+    random = Random(seed)
+    site = Site(cell.logical, cell.top_k, cell.shards, 1, parameter % cell.shards, parameter)
+    if archetype == "without the first":
+        per_shard = cell.logical // cell.shards
+        pool = [e for e in range(cell.logical) if e % per_shard or per_shard == 1]
+        rows = tuple(tuple(pool[(t + slot) % len(pool)] for slot in range(cell.top_k)) for t in range(count))
+        return Explicit((rows,) if repeats else _without_repeats((rows,), cell.logical))
+    palette = [tuple(ARCHETYPES[archetype](random, site)) for _ in range(min(count, _PALETTE))]
+    if archetype == MASKED and palette:
+        palette[0] = (-1, *palette[0][1:])
+    found = (tuple(palette[t % len(palette)] for t in range(count)),)
+    return Explicit(found if repeats else _without_repeats(found, cell.logical))
+
+
+# ---------------------------------------------------------------------------------------------------- drawn cases
+@st.composite
+def expert_rounds(draw: st.DrawFn, cell: LayerCell, contract: ExpertContract) -> LayerRound:
+    """One call of the experts alone."""
+    sides = {boundary + step for boundary in contract.boundaries for step in (0, 1)}
+    edges = sorted(e for e in {1, 2, 7, 8, 9, 31, 33, *sides, cell.capacity} if e <= cell.capacity)
+    count = draw(st.sampled_from([e for e in (1, 2, 3, 5, 8, 13) if e <= cell.capacity] + edges))
+    repeats = contract.takes_duplicates
+    names = _ARCHETYPES + ((MASKED,) if contract.drops_masked else ()) + (("duplicates",) if repeats else ())
+    counted = contract.takes_num_rows and draw(st.booleans())
+    return LayerRound(
+        routing=_routing(
+            cell,
+            count,
+            draw(st.sampled_from(names)),
+            seed=draw(st.integers(0, _MAX_SEED)),
+            parameter=draw(st.integers(0, cell.logical - 1)),
+            repeats=repeats,
+        ),
+        values=draw(st.sampled_from(_VALUES)),
+        seed=draw(st.integers(0, _MAX_SEED)),
+        weighting=draw(st.sampled_from(_WEIGHTINGS)),
+        tail=draw(st.sampled_from((0, 1, 5, 40))) if counted else 0,
+        counted=counted,
+        quantised=contract.wire is not None and draw(st.booleans()),
+        relation=draw(st.sampled_from(("", "", *RELATIONS))) if cell.check != "sort" else "",
+    )
+
+
+@st.composite
+def layer_rounds(draw: st.DrawFn, cell: LayerCell, names: Sequence[str], *, delays: bool, repeats: bool) -> LayerRound:
+    """One forward pass of a layer, routed by logical experts."""
+    drawn: Round = draw(rounds(_routed(cell), names, delays=delays))
+    rows = expand(_routed(cell), drawn.routing)
+    return LayerRound(
+        routing=Explicit(rows if repeats else _without_repeats(rows, cell.logical)),
+        values=draw(st.sampled_from(_VALUES)),
+        seed=drawn.seed,
+        delays_ms=drawn.delays_ms,
+        weighting=draw(st.sampled_from(_WEIGHTINGS)),
+        physical=draw(placements(cell)) if cell.redundant else (),
+    )
+
+
+@st.composite
+def placements(draw: st.DrawFn, cell: LayerCell) -> tuple[int, ...]:
+    """Logical expert of every physical one: each at least once, replicas anywhere, on one rank too."""
+    random = Random(draw(st.integers(0, _MAX_SEED)))
+    few = draw(st.booleans())  # all replicas of one or two hot experts, or of any
+    pool = [int(random.random() * cell.logical) for _ in range(2)] if few else list(range(cell.logical))
+    held = [*range(cell.logical), *(pool[int(random.random() * len(pool))] for _ in range(cell.redundant))]
+    order = sorted(range(len(held)), key=lambda _: random.random())
+    return tuple(held[i] for i in order)
+
+
+@st.composite
+def layer_cases(
+    draw: st.DrawFn, cell: LayerCell, contract: ExpertContract | LayerContract, only: str = ""
+) -> LayerCase:
+    """A case of the cell: one round when drained, two to four when free-running; ``only`` names an archetype."""
+    if isinstance(contract, ExpertContract):
+        return LayerCase(cell, (draw(expert_rounds(cell, contract)),))
+    exchange = _exchange(contract)
+    repeats = takes_duplicates(contract)
+    names = [only] if only else [a for a in ARCHETYPES if applies(a, cell, exchange)]
+    names = [a for a in names if repeats or a != "duplicates"]
+    if cell.redundant:
+        # Ranks of logical experts change with every placement.
+        names = [a for a in names if a in ("uniform", "hot-expert", "duplicates", MASKED)]
+    length = 1 if cell.mode == "drained" and not cell.redundant else draw(st.integers(2, 4))
+    free = cell.mode != "drained"
+    return LayerCase(cell, tuple(draw(layer_rounds(cell, names, delays=free, repeats=repeats)) for _ in range(length)))
+
+
+def _exchange(contract: LayerContract) -> Contract:
+    """The exchange's contract, with the fate that masked slots have on the whole path."""
+    return replace(contract.exchange, masked_slots=contract.masked_slots)
+
+
+def _routed(cell: LayerCell) -> LayerCell:
+    """The cell as its router sees it: logical experts only."""
+    if not cell.redundant:
+        return cell
+    return msgspec.structs.replace(cell, experts=cell.logical, redundant=0)
+
+
+def strata_of(cell: LayerCell, contract: ExpertContract | LayerContract, examples: int) -> list[tuple[str, int]]:
+    """Parts of a cell's budget: (archetype or "" for the mixture, cases)."""
+    if not isinstance(contract, LayerContract) or examples < 3 or not drops_masked(contract):
+        return [("", examples)]
+    return [("", examples - 1), (MASKED, 1)]

@@ -1,0 +1,251 @@
+"""The program of the experts alone: one process plays every expert-parallel rank in turn.
+
+Every round goes through each shard's operator with that shard's weights and mask. Buffers may be longer than their
+valid rows; what lies beyond is poison. Each output is judged by itself, so a sum over shards is judged too; a second
+call that a relation asks for is judged by the first's acceptance, and by its bits where those are promised. What a pass
+does not prove: anything about the exchange of rows between ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from accelerated.experts import ExpertContract, ExpertOperation
+from accelerated.interface import RankContext
+from accelerated.operators import QuantResult
+from conformance.cases import LayerCase, LayerCell, LayerRound, expand
+from conformance.engine.protocol import Mismatch
+from conformance.rank.expert_weights import weights_of
+from conformance.rank.guard import synchronise
+from conformance.rank.inputs import Inputs
+from conformance.rank.judge_experts import judge_layout, judge_output, judge_same_bits
+from conformance.rank.judge_rows import read_quantised
+from conformance.rank.layer_inputs import layer_inputs, poisoned
+from conformance.rank.oracle_experts import expected_by_oracle
+from conformance.rank.phases import SetPhase
+from conformance.rank.relations import applies, other_order, second_call
+from reference import experts
+from reference.expert_weights import ExpertWeights
+from reference.intervals import Interval
+from reference.placement import owned_experts
+from reference.scales import expand as expand_scales
+
+
+@dataclass
+class _Call:
+    """One call of one shard's operator, and what came back."""
+
+    given: Inputs
+    handed: Inputs
+    valid: int
+    count: torch.Tensor | None
+    codes: torch.Tensor | None
+    scales: torch.Tensor | None
+    output: torch.Tensor
+    kept: torch.Tensor
+
+
+class ExpertProgram:
+    """One cell's operators, one per shard, ready to run cases."""
+
+    def __init__(
+        self,
+        context: RankContext,
+        operations: list[ExpertOperation],
+        contract: ExpertContract,
+        judged_by: str,
+        cell: LayerCell,
+    ) -> None:
+        self._context, self._operations, self._contract = context, operations, contract
+        self._judged_by, self._cell = judged_by, cell
+        self._dtype = getattr(torch, cell.dtype)
+        names = range(cell.experts + cell.shared)
+        self._everything = self._weights(names)
+        self._local: list[ExpertWeights] = []
+        self._slots: list[torch.Tensor] = []
+        for shard, operation in enumerate(operations):
+            owned = self._owned(shard)
+            local = self._everything.pick(owned)
+            operation.load(local, owned)
+            slots = torch.full((len(names),), -1, dtype=torch.int64, device=context.device)
+            slots[owned] = torch.arange(len(owned), device=context.device)
+            self._local.append(local)
+            self._slots.append(slots)
+
+    def run(self, case: LayerCase, phase: SetPhase) -> tuple[Mismatch | None, float]:
+        """Run and judge a case; the first failed check and the largest error/bound."""
+        worst = 0.0
+        for index, a_round in enumerate(case.rounds):
+            phase("inputs", index)
+            routing = expand(case.cell, a_round.routing)
+            inputs = layer_inputs(case, index, 0, routing, self._context.device)
+            calls: list[_Call] = []
+            for shard in range(len(self._operations)):
+                phase("experts", index)
+                calls.append(self._call(shard, a_round, inputs))
+            phase("judge", index)
+            for shard, call in enumerate(calls):
+                mismatch, ratio = self._judge(shard, index, a_round, call)
+                worst = max(worst, ratio)
+                if mismatch is not None:
+                    return mismatch, worst
+        return None, worst
+
+    # ------------------------------------------------------------------ inputs
+    def _weights(self, names: range) -> ExpertWeights:
+        cell = self._cell
+        return weights_of(
+            names,
+            hidden=cell.hidden,
+            intermediate=cell.intermediate,
+            codec=self._contract.weight_codec,
+            dtype=self._dtype,
+            biased=self._contract.biased,
+            device=self._context.device,
+        )
+
+    def _owned(self, shard: int) -> list[int]:
+        """Global ids of a shard: its part of the routed experts, and every shared one."""
+        routed = owned_experts(self._cell.experts, self._cell.shards, shard, self._cell.placement)
+        return [*routed, *range(self._cell.experts, self._cell.experts + self._cell.shared)]
+
+    def _shards_inputs(self, shard: int, inputs: Inputs) -> Inputs:
+        """With shared experts: their columns, real on the shard that a token's number names and masked elsewhere."""
+        cell = self._cell
+        if not cell.shared:
+            return inputs.clone()
+        tokens = inputs.rows.shape[0]
+        number = torch.arange(tokens, device=inputs.ids.device).unsqueeze(1)
+        names = torch.arange(cell.experts, cell.experts + cell.shared, device=inputs.ids.device)
+        shared = torch.where(number % cell.shards == shard, names, -1).to(inputs.ids.dtype)
+        ones = torch.ones(tokens, cell.shared, device=inputs.weights.device)
+        return Inputs(inputs.rows.clone(), torch.cat([inputs.ids, shared], 1), torch.cat([inputs.weights, ones], 1))
+
+    # ------------------------------------------------------------------ the backend
+    def _call(self, shard: int, a_round: LayerRound, inputs: Inputs) -> _Call:
+        mine = self._shards_inputs(shard, inputs)
+        valid = mine.rows.shape[0]
+        counted = self._contract.takes_num_rows and (a_round.tail > 0 or a_round.counted)
+        given = poisoned(mine, a_round.tail if counted else 0, self._cell.experts)
+        return self._on(shard, given, valid, counted=counted, quantised=a_round.quantised)
+
+    def _on(self, shard: int, given: Inputs, valid: int, *, counted: bool, quantised: bool) -> _Call:
+        operation, device = self._operations[shard], self._context.device
+        count = torch.full((1,), valid, dtype=torch.int32, device=device) if counted else None
+        handed, codes, scales = given.clone(), None, None
+        if quantised and self._contract.wire is not None:
+            codes, scales = operation.quantise(handed.rows)
+        output = operation.experts(
+            handed.rows if codes is None else codes, handed.ids, handed.weights, scales=scales, num_rows=count
+        )
+        synchronise(device)
+        return _Call(given, handed, valid, count, codes, scales, output, output.clone())
+
+    # ------------------------------------------------------------------ judging
+    def _judge(self, shard: int, index: int, a_round: LayerRound, call: _Call) -> tuple[Mismatch | None, float]:
+        where = f"shard {shard} of {self._cell.shards}: " if self._cell.shards > 1 else ""
+        shape = (call.given.rows.shape[0], self._cell.hidden)
+        mismatch = judge_layout("experts.layout", index, call.output, shape, self._dtype)
+        if mismatch is not None:
+            return mismatch, 0.0
+        accepted = self._accepted(shard, index, call)
+        if isinstance(accepted, Mismatch):
+            return accepted, 0.0
+        ids = call.given.ids[: call.valid]
+        mismatch, ratio = judge_output(
+            "experts.output", index, call.output[: call.valid], accepted, ids, where=where, rank=shard
+        )
+        mismatch = mismatch or self._side_effects(index, call)
+        if mismatch is None and a_round.relation:
+            mismatch, again = self._second(shard, index, a_round, call, accepted)
+            ratio = max(ratio, again)
+        return mismatch, ratio
+
+    def _accepted(self, shard: int, index: int, call: _Call) -> Interval | Mismatch:
+        """Every legal output of the valid rows."""
+        valid, given = call.valid, call.given
+        rows = given.rows[:valid].double()
+        if call.codes is not None and call.scales is not None:
+            wire = self._contract.wire
+            assert wire is not None
+            result = QuantResult(call.codes.view(torch.uint8), _plain(call.scales))
+            read = read_quantised(index, result, wire, *given.rows.shape)
+            if isinstance(read, Mismatch):
+                return read
+            values = read.values * expand_scales(read.scales, wire, *given.rows.shape)
+            rows = values[:valid]
+        numerics = self._contract.numerics(given.rows.shape[0])
+        judge = expected_by_oracle if self._judged_by == "oracle" else experts.accepted
+        return judge(
+            Interval.exact(rows),
+            given.ids[:valid],
+            given.weights[:valid],
+            self._local[shard],
+            self._slots[shard],
+            numerics,
+            self._dtype,
+            quantised=call.codes is not None,
+        )
+
+    def _side_effects(self, index: int, call: _Call) -> Mismatch | None:
+        for name in ("rows", "ids", "weights"):
+            handed, given = getattr(call.handed, name), getattr(call.given, name)
+            if not torch.equal(_bits(handed), _bits(given)):
+                return Mismatch("inputs.modified", index, f"the backend changed its input {name}")
+        if not torch.equal(_bits(call.output[: call.valid]), _bits(call.kept[: call.valid])):
+            return Mismatch("outputs.overwritten", index, "a later call changed an output that came back")
+        return None
+
+    def _second(
+        self, shard: int, index: int, a_round: LayerRound, call: _Call, accepted: Interval
+    ) -> tuple[Mismatch | None, float]:
+        """The second call of a relation, against the first."""
+        contract, relation = self._contract, a_round.relation
+        if not applies(relation, contract.numerics(call.given.rows.shape[0])):
+            return None, 0.0
+        counted = call.count is not None
+        second = second_call(relation, call.given, call.valid, contract, a_round.seed, counted=counted)
+        if second is None or (contract.numerics(second.rows.shape[0]) != contract.numerics(call.given.rows.shape[0])):
+            return None, 0.0  # another path, with roundings of its own
+        operation = self._operations[shard]
+        given = Inputs(second.rows, second.ids, second.weights)
+        if relation == "expert order":
+            given = self._reordered(shard, given, a_round.seed)
+        again = self._on(shard, given, call.valid, counted=counted, quantised=call.codes is not None)
+        if relation == "expert order":
+            operation.load(self._local[shard], self._owned(shard))
+        got = second.back(again.output[: call.valid])
+        text = f"{relation}: "
+        mismatch, ratio = judge_output(
+            "experts.relation", index, got, accepted, call.given.ids[: call.valid], where=text, rank=shard
+        )
+        if mismatch is None and second.same_bits:
+            first = call.kept[: call.valid]
+            if relation == "scaled weights":
+                got, first = got + 0.0, first + 0.0  # a zero has the sign of its weights
+            mismatch = judge_same_bits("experts.bits", index, got.to(first.dtype), first, relation)
+        return mismatch, ratio
+
+    def _reordered(self, shard: int, given: Inputs, seed: int) -> Inputs:
+        """Load the shard's routed experts in another order and rename the ids accordingly."""
+        owned = self._owned(shard)
+        routed = len(owned) - self._cell.shared
+        order = other_order(routed, seed).tolist()
+        picked = [*order, *range(routed, len(owned))]
+        self._operations[shard].load(self._local[shard].pick(picked), owned)
+        rename = torch.arange(self._cell.experts + self._cell.shared + 1, device=given.ids.device)
+        for new, old in enumerate(order):
+            rename[owned[old]] = owned[new]
+        rename[-1] = -1  # a masked slot stays one
+        return Inputs(given.rows, rename[given.ids.long()].to(given.ids.dtype), given.weights)
+
+
+def _plain(scales: torch.Tensor) -> torch.Tensor:
+    """Scales as float32, or E8M0 as bytes."""
+    return scales if scales.dtype == torch.float32 else scales.view(torch.uint8)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)

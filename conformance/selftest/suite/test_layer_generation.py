@@ -1,0 +1,165 @@
+"""Which cases a cell of experts or of a layer gets: the ladder leaves nothing out, drawn cases are legal.
+
+Scope: conformance/layer_generation.py, suite/layer_coverage.py, the layer's part of cases.py. A pass does not prove
+that these inputs find anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, seed, settings
+
+from accelerated.contract import MaskedSlots
+from conformance.cases import (
+    CaseError,
+    Explicit,
+    LayerCase,
+    LayerCell,
+    decode,
+    encode,
+    expand,
+    validate,
+    validate_layer,
+)
+from conformance.layer_generation import RELATIONS, ladder, layer_cases, strata_of, takes
+from conformance.selftest.suite.layer_cells import (
+    TOKEN,
+    experts_cell,
+    experts_contract,
+    layer_cell,
+    layer_contract,
+    one,
+)
+from conformance.suite import layer_coverage
+from conformance.suite.describe import describe
+
+
+def check(case: LayerCase) -> None:
+    validate(case)
+    validate_layer(case)
+    assert decode(encode(case), "there") == case
+
+
+def test_the_ladder_hits_every_class_it_must() -> None:
+    cell, contract = experts_cell(), experts_contract()
+    cases = list(ladder(cell, contract))
+    for case in cases:
+        check(case)
+        assert takes(contract, case)
+    hit = {name for case in cases for name in layer_coverage.classes(case)}
+    assert layer_coverage.required(cell, short=False, masked=True, quantised=True) <= hit
+    assert {f"relation {name}" for name in RELATIONS} <= hit
+
+
+def test_the_ladder_takes_both_sides_of_a_boundary_and_the_long_buffer() -> None:
+    cases = list(ladder(experts_cell(), experts_contract()))
+    counts = {len(expand(c.cell, c.rounds[0].routing)[0]) for c in cases}
+    assert {0, 1, 16, 17} <= counts
+    assert max(c.rounds[0].tail for c in cases) == 4 * 4095
+
+
+@pytest.mark.parametrize(
+    ("change", "gone"),
+    [
+        ({"takes_num_rows": False}, "rows beyond the count"),
+        ({"wire": None}, "quantised rows"),
+        ({"drops_masked": False}, "masked slot"),
+        ({"takes_empty": False}, "nothing at all"),
+    ],
+)
+def test_the_ladder_asks_for_nothing_that_is_not_taken(change: dict[str, Any], gone: str) -> None:
+    contract = experts_contract(**change)
+    cases = list(ladder(experts_cell(), contract))
+    assert all(takes(contract, case) for case in cases)
+    everything = list(ladder(experts_cell(), experts_contract()))
+    assert not all(takes(contract, case) for case in everything)
+    assert gone not in {name for case in cases for name in layer_coverage.classes(case)}
+
+
+@seed(1)
+@settings(max_examples=150, deadline=None, database=None)
+@given(case=layer_cases(experts_cell(), experts_contract()))
+def test_drawn_calls_are_legal(case: LayerCase) -> None:
+    check(case)
+    assert takes(experts_contract(), case)
+
+
+@pytest.mark.parametrize(
+    "cell", [layer_cell(), layer_cell(mode="free-running"), layer_cell(experts=12, redundant=4, check="eplb")]
+)
+@pytest.mark.parametrize("masked", [MaskedSlots.DROPPED, MaskedSlots.UNMODELLED])
+def test_drawn_layers_are_legal(cell: LayerCell, masked: MaskedSlots) -> None:
+    contract = layer_contract(masked)
+
+    @seed(2)
+    @settings(max_examples=60, deadline=None, database=None)
+    @given(case=layer_cases(cell, contract))
+    def draw(case: LayerCase) -> None:
+        check(case)
+        assert takes(contract, case)
+        assert all(set(r.physical) == set(range(cell.logical)) for r in case.rounds if cell.redundant)
+        assert masked is MaskedSlots.DROPPED or not any(
+            -1 in row for r in case.rounds for tokens in expand(cell, r.routing) for row in tokens
+        )
+
+    draw()
+
+
+def test_masked_slots_have_cases_of_their_own() -> None:
+    assert strata_of(layer_cell(), layer_contract(), 4) == [("", 3), ("masked", 1)]
+    assert strata_of(layer_cell(), layer_contract(MaskedSlots.UNMODELLED), 4) == [("", 4)]
+    assert strata_of(layer_cell(), layer_contract(drops_masked=False), 4) == [("", 4)]
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        (one(experts_cell(shards=3), (0, 1, 2, 3)), "shards is 3"),
+        (one(experts_cell(redundant=8), (0, 1, 2, 3)), "redundant is 8"),
+        (one(experts_cell(), (0, 1, 2, 3), tail=-1), "tail of -1"),
+        (one(layer_cell(redundant=4), (7, 1)), "routes to expert 7"),
+        (one(layer_cell(redundant=4), (0, 1), physical=(0, 1, 2, 3, 0, 1)), "fills 6 physical"),
+        (one(layer_cell(redundant=4), (0, 1), physical=(0, 1, 2, 0, 0, 1, 1, 2)), "each of 4 experts"),
+    ],
+)
+def test_what_describes_no_input_is_refused_by_name(case: LayerCase, said: str) -> None:
+    with pytest.raises(CaseError, match=said):
+        decode(encode(case), "there")
+
+
+def test_a_report_says_what_a_round_has() -> None:
+    cell = layer_cell(experts=12, redundant=4, check="eplb")
+    case = one(cell, (0, 1), weighting="signed", physical=(*range(8), 0, 0, 1, 1))
+    text = "\n".join(describe(case))
+    for words in ("4 replicas of 8", "intermediate 32", "weights signed", "physical experts hold [0, 1"):
+        assert words in text
+    alone = one(experts_cell(), (0, 1, 2, 3), tail=7, relation="repeat", quantised=True)
+    text = "\n".join(describe(alone))
+    for words in ("2 shards", "7 poisoned rows", "relation repeat", "quantised before"):
+        assert words in text
+
+
+def test_labels_tell_cells_apart() -> None:
+    cells = [
+        experts_cell(),
+        experts_cell(shards=4),
+        experts_cell(shared=1),
+        experts_cell(intermediate=64),
+        layer_cell(),
+        layer_cell(redundant=4),
+        layer_cell(placement="round_robin"),
+        layer_cell(placement="round_robin", translated=False),
+    ]
+    assert len({cell.label for cell in cells}) == len(cells)
+    assert msgspec.structs.replace(cells[0], shards=2).label == cells[0].label
+
+
+def test_a_routing_names_logical_experts_only() -> None:
+    cell = layer_cell(experts=12, redundant=4, check="eplb")
+    case = one(cell, (7, 0))
+    assert isinstance(case.rounds[0].routing, Explicit)
+    check(case)
+    assert TOKEN.group == 0
