@@ -35,6 +35,7 @@ from conformance.cases import (
 from conformance.generation import MASKED, applies, rounds
 from conformance.recipes import ARCHETYPES, Row, Site
 from reference.expert_numerics import ExpertNumerics
+from reference.placement import physical_to_global
 
 #: Valid rows of the long buffer, and how many times as long it is.
 _FEW, _TIMES = 4, (2, 32, 4096)
@@ -42,6 +43,8 @@ _VALUES: tuple[Values, ...] = ("normal", "normal", "integers", "wide")
 #: What tells most first: Hypothesis begins with the first choice of everything.
 _WEIGHTINGS: tuple[Weighting, ...] = ("signed", "zeros", "positive", "ones")
 RELATIONS: tuple[Relation, ...] = get_args(Relation)[1:]
+#: Part of a layer's cases for that placement.
+ROUND_ROBIN = "round-robin"
 _MAX_SEED = 2**20 - 1
 _PALETTE = 5
 #: Archetypes of the experts alone: how the slots of a token spread over the shards.
@@ -193,8 +196,10 @@ def expert_rounds(draw: st.DrawFn, cell: LayerCell, contract: ExpertContract) ->
 
 
 @st.composite
-def layer_rounds(draw: st.DrawFn, cell: LayerCell, names: Sequence[str], *, delays: bool, repeats: bool) -> LayerRound:
-    """One forward pass of a layer, routed by logical experts."""
+def layer_rounds(
+    draw: st.DrawFn, cell: LayerCell, names: Sequence[str], physical: tuple[int, ...], *, delays: bool, repeats: bool
+) -> LayerRound:
+    """One forward pass of a layer, routed by logical experts, which lie where ``physical`` says."""
     drawn: Round = draw(rounds(_routed(cell), names, delays=delays))
     rows = expand(_routed(cell), drawn.routing)
     return LayerRound(
@@ -203,7 +208,7 @@ def layer_rounds(draw: st.DrawFn, cell: LayerCell, names: Sequence[str], *, dela
         seed=drawn.seed,
         delays_ms=drawn.delays_ms,
         weighting=draw(st.sampled_from(_WEIGHTINGS)),
-        physical=draw(placements(cell)) if cell.redundant else (),
+        physical=physical,
     )
 
 
@@ -222,19 +227,36 @@ def placements(draw: st.DrawFn, cell: LayerCell) -> tuple[int, ...]:
 def layer_cases(
     draw: st.DrawFn, cell: LayerCell, contract: ExpertContract | LayerContract, only: str = ""
 ) -> LayerCase:
-    """A case of the cell: one round when drained, two to four when free-running; ``only`` names an archetype."""
+    """A case of the cell: one round when drained, two to four when free-running.
+
+    ``only`` names an archetype, or :data:`ROUND_ROBIN` for that placement.
+    """
     if isinstance(contract, ExpertContract):
         return LayerCase(cell, (draw(expert_rounds(cell, contract)),))
     exchange = _exchange(contract)
     repeats = takes_duplicates(contract)
-    names = [only] if only else [a for a in ARCHETYPES if applies(a, cell, exchange)]
-    names = [a for a in names if repeats or a != "duplicates"]
+    names = [a for a in ARCHETYPES if applies(a, cell, exchange) and (repeats or a != "duplicates")]
+    names = [only] if only not in ("", ROUND_ROBIN) else names
     if cell.redundant:
         # Ranks of logical experts change with every placement.
         names = [a for a in names if a in ("uniform", "hot-expert", "duplicates", MASKED)]
     length = 1 if cell.mode == "drained" and not cell.redundant else draw(st.integers(2, 4))
     free = cell.mode != "drained"
-    return LayerCase(cell, tuple(draw(layer_rounds(cell, names, delays=free, repeats=repeats)) for _ in range(length)))
+    built = []
+    for _ in range(length):
+        physical = draw(placed(cell, only)) if cell.translated else ()
+        built.append(draw(layer_rounds(cell, names, physical, delays=free, repeats=repeats)))
+    return LayerCase(cell, tuple(built))
+
+
+def placed(cell: LayerCell, only: str) -> st.SearchStrategy[tuple[int, ...]]:
+    """Where the experts lie: replicas anywhere; without replicas linear, round-robin, or any other way."""
+    if cell.redundant:
+        return placements(cell)
+    round_robin = physical_to_global(cell.experts, cell.world_size)
+    if only == ROUND_ROBIN:
+        return st.just(round_robin)
+    return st.one_of(st.just(()), st.just(()), st.just(round_robin), placements(cell))
 
 
 def _exchange(contract: LayerContract) -> Contract:
@@ -251,6 +273,8 @@ def _routed(cell: LayerCell) -> LayerCell:
 
 def strata_of(cell: LayerCell, contract: ExpertContract | LayerContract, examples: int) -> list[tuple[str, int]]:
     """Parts of a cell's budget: (archetype or "" for the mixture, cases)."""
-    if not isinstance(contract, LayerContract) or examples < 3 or not drops_masked(contract):
+    if not isinstance(contract, LayerContract) or examples < 3:
         return [("", examples)]
-    return [("", examples - 1), (MASKED, 1)]
+    own = [(MASKED, 1)] if drops_masked(contract) else []
+    own += [(ROUND_ROBIN, 1)] if cell.world_size > 1 and cell.translated and not cell.redundant else []
+    return [("", examples - len(own)), *own]

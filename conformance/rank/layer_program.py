@@ -51,7 +51,7 @@ class LayerProgram:
         self, context: RankContext, operation: LayerOperation, contract: LayerContract, judged_by: str, cell: LayerCell
     ) -> None:
         self._context, self._operation, self._contract, self._cell = context, operation, contract, cell
-        self._by_oracle = judged_by == "oracle" or bool(cell.redundant) or cell.placement != "linear"
+        self._oracle = judged_by == "oracle" or bool(cell.redundant) or cell.placement != "linear"
         self._dtype = getattr(torch, cell.dtype)
         self._loaded: tuple[int, ...] = ()
         self._held: dict[tuple[int, ...], Dense] = {}
@@ -80,11 +80,6 @@ class LayerProgram:
     def _placements(self, case: LayerCase) -> list[tuple[int, ...]]:
         """Logical expert of every physical one, for each round."""
         cell = case.cell
-        if not cell.redundant:
-            table = tuple(range(cell.experts))
-            if cell.placement == "round_robin" and cell.translated:
-                table = placement.physical_to_global(cell.experts, cell.world_size)
-            return [table] * len(case.rounds)
         current, found = eplb.initial_map(cell.logical, cell.redundant), []
         for a_round in case.rounds:
             current = a_round.physical or current
@@ -133,7 +128,8 @@ class LayerProgram:
     def _expect(
         self, inputs: Inputs, wired: Inputs, rows: tuple[tuple[int, ...], ...], placed: tuple[int, ...]
     ) -> Interval:
-        if self._by_oracle:
+        # Where experts were moved, the judge is to know of logical ones only.
+        if self._oracle or placed != tuple(range(self._cell.experts)):
             return self._of_oracle(inputs, wired, rows)
         cell, contract = self._cell, self._contract
         experts = contract.experts

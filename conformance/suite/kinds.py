@@ -19,7 +19,7 @@ from accelerated.sorting import SortContract
 from conformance import layer_generation
 from conformance.cases import AnyCase, AnyCell, CaseError, Explicit, LayerCase, LayerCell, validate_layer
 from conformance.engine.reducer import Reducer, Reduction, RowReducer
-from conformance.generation import cases, strata
+from conformance.generation import MASKED, cases, strata
 from conformance.row_cases import RowCase, RowCell
 from conformance.row_generation import RowContract, ladder, row_cases, takes
 from conformance.suite import coverage, layer_coverage, row_coverage
@@ -65,12 +65,14 @@ def required(planned: PlannedCell, contract: object, parts: list[Part]) -> froze
         return row_coverage.required(cell, empty=row_contract(contract).takes_empty, short=planned.short)
     if isinstance(cell, LayerCell):
         layer = _layer_contract(contract)
+        names = {name for name, _, _ in parts}
         return layer_coverage.required(
             cell,
             short=planned.short,
-            masked=len(parts) > 1 if isinstance(layer, LayerContract) else layer.drops_masked,
+            masked=MASKED in names if isinstance(layer, LayerContract) else layer.drops_masked,
             quantised=isinstance(layer, ExpertContract) and layer.wire is not None,
             duplicates=layer_generation.takes_duplicates(layer),
+            round_robin=layer_generation.ROUND_ROBIN in names,
         )
     return coverage.required(cell.world_size, masked=len(parts) > 1)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from conformance.cases import Case, LayerCase, LayerCell, expand
 from conformance.suite import coverage
+from reference.placement import physical_to_global
 
 
 def classes(case: LayerCase) -> tuple[str, ...]:
@@ -26,6 +27,8 @@ def classes(case: LayerCase) -> tuple[str, ...]:
             hit.add(f"relation {a_round.relation}")
         if a_round.physical:
             hit.add("experts moved")
+        if a_round.physical and a_round.physical == physical_to_global(cell.experts, cell.world_size):
+            hit.add("round-robin placement")
         if cell.redundant or cell.shards > 1:
             rows = [row for tokens in expand(cell, a_round.routing) for row in tokens]
             named = {e for row in rows for e in row if e >= 0}
@@ -36,7 +39,9 @@ def classes(case: LayerCase) -> tuple[str, ...]:
     return tuple(sorted(hit))
 
 
-def required(cell: LayerCell, *, short: bool, masked: bool, quantised: bool, duplicates: bool = True) -> frozenset[str]:
+def required(
+    cell: LayerCell, *, short: bool, masked: bool, quantised: bool, duplicates: bool = True, round_robin: bool = False
+) -> frozenset[str]:
     """Classes without which a cell's checks mean nothing.
 
     Args:
@@ -45,9 +50,11 @@ def required(cell: LayerCell, *, short: bool, masked: bool, quantised: bool, dup
         masked: part of the cases is for masked slots.
         quantised: rows may come quantised.
         duplicates: a row may name an expert twice.
+        round_robin: part of the cases is for that placement.
     """
     if cell.whole:
         own = {"experts moved"} if cell.redundant else {"row crosses ranks"} if cell.world_size > 1 else set()
+        own |= {"round-robin placement"} if round_robin else set()
         return frozenset(own | ({"masked slot"} if masked and not cell.redundant else set()))
     if short:
         return frozenset({"weights signed"})

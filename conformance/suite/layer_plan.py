@@ -71,6 +71,7 @@ class LayerSlot:
     redundant: int = 0  # replicas per rank
     unquantised: bool = True  # paths that dispatch the element type beside a quantised wire get this line, too
     translated: bool = True
+    in_turn: bool = False  # one EP size of a path gets this line, the next path another one
 
     def examples_at(self, world_size: int) -> int:
         """Cases at an EP size: those of the nearest smaller key, 0 below the least."""
@@ -80,16 +81,18 @@ class LayerSlot:
 
 LAYERS = (
     LayerSlot("layer", {1: 2, 2: 6, 4: 4, 8: 3}),
-    LayerSlot("layer", {2: 2, 4: 2, 8: 1}, mode="free-running", unquantised=False),
-    LayerSlot("layer", {2: 2, 4: 1, 8: 1}, placement="round_robin", unquantised=False),
+    LayerSlot("layer", {2: 2, 4: 2, 8: 1}, mode="free-running", unquantised=False, in_turn=True),
     LayerSlot("layer", {2: 2, 4: 1, 8: 1}, placement="round_robin", unquantised=False, translated=False),
-    LayerSlot("eplb", {2: 2, 4: 2, 8: 1}, redundant=1, unquantised=False),
+    LayerSlot("eplb", {2: 2, 4: 1, 8: 1}, redundant=1, unquantised=False),
 )
 LAYERS_SMOKE = (LayerSlot("layer", {2: 2, 4: 1}),)
 LAYERS_COMPANION = (
-    LayerSlot("layer", {1: 1, 2: 3, 4: 2, 8: 2}, unquantised=False),
-    LayerSlot("eplb", {2: 2, 4: 1, 8: 1}, redundant=1, unquantised=False),
+    LayerSlot("layer", {1: 1, 2: 3, 4: 3, 8: 1}, unquantised=False),
+    LayerSlot("layer", {2: 2, 4: 1}, placement="round_robin", unquantised=False, translated=False),
+    LayerSlot("eplb", {2: 1, 4: 1}, redundant=1, unquantised=False),
 )
+#: Experts that differ from others in what one rank computes alone: their layers are for explore, or asked for by name.
+ALONE_SUFFICES = ("_gelu", "stored_terms")
 #: Experts per rank, slots, tokens and sizes of a synthetic layer; two blocks of 128 in a row.
 _PER_RANK, _TOP_K, _CAPACITY, _HIDDEN, _INTERMEDIATE = 2, 3, 16, 256, 128
 
@@ -151,19 +154,27 @@ def layer_cells(
     paths: Sequence[str],
     models: Sequence[ModelShape],
     only_models: bool,
+    named: bool = False,
 ) -> Iterator[PlannedCell | Unsupported]:
-    """Cells of the given paths of a composed backend, and every refusal with its reason."""
+    """Cells of the given paths of a composed backend, and every refusal with its reason.
+
+    ``named``: the user chose the experts.
+    """
     slots: tuple[LayerSlot, ...] = {"smoke": LAYERS_SMOKE}.get(tier, LAYERS_COMPANION if companion else LAYERS)
     every = tier == "explore" or only_models
-    for path in paths:
+    wide = [size for size in ep_sizes if size > 1]
+    for number, path in enumerate(paths):
+        if not (every or named) and path.removesuffix(UNQUANTISED).endswith(ALONE_SUFFICES):
+            continue
         if path.endswith(UNQUANTISED) and not _has_wire(backend, path.removesuffix(UNQUANTISED)):
             continue  # the path without the suffix is the same
         for world_size in ep_sizes:
             for nodes in (1, 2) if world_size % 2 == 0 else (1,):
                 refused: dict[str, None] = {}
-                for cell, examples in _layers(
-                    name, path, world_size, nodes, slots, models if every else (), only_models
-                ):
+                shapes = models if every else ()
+                turn = every or named or not wide or world_size == wide[number % len(wide)]
+                here = [slot for slot in slots if turn or not slot.in_turn]
+                for cell, examples in _layers(name, path, world_size, nodes, here, shapes, only_models):
                     found = _planned(backend, cell, examples, companion)
                     if isinstance(found, PlannedCell):
                         yield found

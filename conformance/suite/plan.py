@@ -62,13 +62,13 @@ class Slot:
 
 
 GATE = (
-    Slot("round_trip", PAIRS, "drained", {1: 20, 2: 62, 4: 42, 8: 24}),
-    Slot("round_trip", ODD, "drained", {1: 10, 2: 42, 4: 26, 8: 14}),
-    Slot("round_trip", WIDE, "drained", {1: 6, 2: 26, 4: 16, 8: 8}),
-    Slot("round_trip", SINGLE, "drained", {1: 6, 2: 22, 4: 14, 8: 8}),
+    Slot("round_trip", PAIRS, "drained", {1: 12, 2: 44, 4: 30, 8: 18}),
+    Slot("round_trip", ODD, "drained", {1: 6, 2: 30, 4: 18, 8: 10}),
+    Slot("round_trip", WIDE, "drained", {1: 4, 2: 18, 4: 12, 8: 6}),
+    Slot("round_trip", SINGLE, "drained", {1: 4, 2: 16, 4: 10, 8: 6}),
     Slot("round_trip", BULK, "drained", {1: 2, 2: 6, 4: 5, 8: 3}),
     Slot("round_trip", None, "drained", {1: 2, 2: 12, 4: 9, 8: 6}),
-    Slot("rounds", PAIRS, "free-running", {1: 6, 2: 26, 4: 18, 8: 11}),
+    Slot("rounds", PAIRS, "free-running", {1: 4, 2: 18, 4: 13, 8: 8}),
     Slot("placement", None, "drained", {1: 1, 2: 4, 4: 3, 8: 2}),
     Slot("placement", PAIRS, "drained", {2: 3, 4: 2, 8: 2}, "round_robin"),
 )
@@ -146,6 +146,7 @@ def make_plan(
                     paths=paths,
                     models=models,
                     only_models=only_models,
+                    named=bool(operators) and not companion,
                 )
             )
             continue

@@ -177,7 +177,9 @@ def _operator(
             slot.check, name, operator, family, world_size, slot.hidden, slot.capacity, slot.dtype, slot.mode
         )
         examples = slot.examples.get(world_size, min(slot.examples.values()))
-        yield PlannedCell(cell, examples, support.standing is Standing.CLAIMED, companion, slot.short)
+        # What a kind of row does to a sum over ranks it does to one over two.
+        short = slot.short or world_size > 2
+        yield PlannedCell(cell, examples, support.standing is Standing.CLAIMED, companion, short)
     if refused and not planned:
         yield Unsupported(name, operator, world_size, 1, next(iter(refused.values())))
     elif refused:

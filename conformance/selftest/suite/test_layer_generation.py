@@ -109,9 +109,25 @@ def test_drawn_layers_are_legal(cell: LayerCell, masked: MaskedSlots) -> None:
 
 
 def test_masked_slots_have_cases_of_their_own() -> None:
-    assert strata_of(layer_cell(), layer_contract(), 4) == [("", 3), ("masked", 1)]
-    assert strata_of(layer_cell(), layer_contract(MaskedSlots.UNMODELLED), 4) == [("", 4)]
-    assert strata_of(layer_cell(), layer_contract(drops_masked=False), 4) == [("", 4)]
+    alone = layer_cell(world_size=1)
+    assert strata_of(alone, layer_contract(), 4) == [("", 3), ("masked", 1)]
+    assert strata_of(alone, layer_contract(MaskedSlots.UNMODELLED), 4) == [("", 4)]
+    assert strata_of(alone, layer_contract(drops_masked=False), 4) == [("", 4)]
+
+
+def test_every_layer_that_can_be_placed_otherwise_is() -> None:
+    assert strata_of(layer_cell(), layer_contract(), 4) == [("", 2), ("masked", 1), ("round-robin", 1)]
+    assert ("round-robin", 1) not in strata_of(layer_cell(redundant=4), layer_contract(), 4)
+    assert ("round-robin", 1) not in strata_of(layer_cell(translated=False), layer_contract(), 4)
+
+    @seed(3)
+    @settings(max_examples=20, deadline=None, database=None)
+    @given(case=layer_cases(layer_cell(), layer_contract(), "round-robin"))
+    def draw(case: LayerCase) -> None:
+        check(case)
+        assert "round-robin placement" in layer_coverage.classes(case)
+
+    draw()
 
 
 @pytest.mark.parametrize(

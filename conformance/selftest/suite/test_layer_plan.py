@@ -15,6 +15,7 @@ from accelerated.layer import LayerBackend, split_path
 from accelerated.registry import backend
 from conformance.cases import LayerCell
 from conformance.suite.cells import Plan, PlannedCell
+from conformance.suite.layer_plan import ALONE_SUFFICES
 from conformance.suite.plan import make_plan
 from reference.catalogue import model_shapes
 
@@ -41,7 +42,7 @@ def test_every_path_is_planned_or_refused_at_every_size() -> None:
     # Without a wire both paths are one.
     alike = {f"{o}@bf16" for o in ("bf16", "bf16_gelu", "swiglu_mxfp4", "stored_terms")}
     for path in made.kernel_types:
-        if path.partition("experts.")[2] in alike:
+        if path.partition("experts.")[2] in alike or path.endswith(ALONE_SUFFICES):
             assert not any(path in key for key in (*planned, *refused))
             continue
         for world_size in (1, 2, 4, 8):
@@ -52,19 +53,29 @@ def test_every_path_is_planned_or_refused_at_every_size() -> None:
 
 
 def test_every_claimed_path_gets_each_property() -> None:
-    found = layers(plan(WHOLE, ep_sizes=(4,)))
+    found = layers(plan(WHOLE))
     checks = {split_path(cell.kernel_type).quantised for cell in found}
     assert checks == {True, False}
     plain = [c for c in found if c.kernel_type == "IntraNode/experts.bf16"]
     assert {c.check for c in plain} == {"layer", "eplb"}
-    assert {c.mode for c in plain} == {"drained", "free-running"}
-    assert {c.placement for c in plain} == {"linear", "round_robin"}
-    assert {c.redundant for c in plain} == {0, 4}
+    assert {c.redundant for c in plain} == {0, 2, 4, 8}
+    # A cell without host sync at one EP size of each path, at all of them taken together.
+    free = [c for c in found if c.mode == "free-running"]
+    assert {c.world_size for c in free} == {2, 4, 8}
+    assert sum(c.kernel_type == plain[0].kernel_type and c.nodes == 1 for c in free) == 1
+
+
+def test_global_ids_go_to_dispatches_that_see_them() -> None:
+    scattered = [c for c in layers(plan("allgather+reference")) if not c.translated]
+    assert {c.placement for c in scattered} == {"round_robin"}
+    assert not [c for c in layers(plan(WHOLE)) if not c.translated]
 
 
 def test_kernel_types_and_operators_choose_paths() -> None:
     by_type = layers(plan(WHOLE, kernel_types=("IntraNode",)))
     assert {split_path(c.kernel_type).kernel_type for c in by_type} == {"IntraNode"}
+    named = layers(plan(WHOLE, operators=("experts.bf16_gelu",)))
+    assert {split_path(c.kernel_type).operator for c in named} == {"experts.bf16_gelu"}
     by_operator = layers(plan(WHOLE, operators=("experts.fp8_block",)))
     assert {split_path(c.kernel_type).operator for c in by_operator} == {"experts.fp8_block"}
     alone = layers(plan("reference", operators=("experts.fp8_block",)))
