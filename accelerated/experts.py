@@ -45,7 +45,8 @@ class ExpertProblem:
         hidden: H.
         intermediate: I.
         experts: E, routed experts of all ranks, physical ones where experts are replicated.
-        top_k: k, columns of ids and weights.
+        top_k: k, routed experts of a token. Ids and weights have ``top_k + shared`` columns, the shared ones last: a
+            token's shared experts on one rank, -1 on the others.
         capacity: rows of the largest buffer, valid or not.
         dtype: element type of rows and results.
         shared: S, fused shared experts: global ids E to E + S - 1, held by every rank.
@@ -163,8 +164,8 @@ class ExpertOperation(Protocol):
 
         Args:
             rows: ``[M, H]`` in the element type, or codes of the wire as a dispatch delivers them.
-            ids: ``[M, k]`` int32 global ids; those of other ranks contribute nothing.
-            weights: ``[M, k]`` float32.
+            ids: ``[M, k + S]`` int32 global ids; those of other ranks contribute nothing.
+            weights: ``[M, k + S]`` float32.
             scales: of the wire's codes.
             num_rows: ``(1,)`` int32 on the device, number of valid rows.
         """

@@ -19,10 +19,13 @@ from reference.problem import Problem
 
 Values = Literal["integers", "normal", "wide", "bits"]
 Placement = Literal["linear", "round_robin"]
-#: Routing weights of a round: all one, from 1/16 to 1, of both signs, or of both signs with zeros among them.
-Weighting = Literal["ones", "positive", "signed", "zeros"]
+#: Routing weights of a round: all one, from 1/16 to 1, of both signs, of both signs with zeros among them, or all zero
+#: but one of each token, so that one expert is judged by itself.
+Weighting = Literal["ones", "positive", "signed", "zeros", "single"]
 #: A second call of the experts, whose result must be that of the first: see :mod:`conformance.rank.relations`.
-Relation = Literal["", "repeat", "token order", "slot order", "expert order", "larger buffer", "scaled weights"]
+Relation = Literal[
+    "", "repeat", "token order", "slot order", "expert order", "larger buffer", "scaled weights", "zero routes"
+]
 
 Rows = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -132,12 +135,14 @@ class LayerCell(Cell, frozen=True, order=True, tag="layer"):
 
     ``experts`` counts physical experts, of which ``redundant`` are replicas. Experts alone run in one process
     (``world_size`` 1), one after another for each of ``shards`` expert-parallel ranks; their tokens are rank 0's.
-    With ``translated`` a round-robin placement reaches the exchange as physical positions, without as global ids.
+    Their buffers hold up to ``buffer`` rows where that is more than the capacity. With ``translated`` a round-robin
+    placement reaches the exchange as physical positions, without as global ids.
     """
 
     intermediate: int = 128
     shards: int = 1
     shared: int = 0
+    buffer: int = 0
     redundant: int = 0
     translated: bool = True
 
@@ -151,6 +156,11 @@ class LayerCell(Cell, frozen=True, order=True, tag="layer"):
         """L, logical experts: what routers name."""
         return self.experts - self.redundant
 
+    @property
+    def rows(self) -> int:
+        """Rows of the experts' largest buffer."""
+        return max(self.capacity * self.world_size, 0 if self.whole else self.buffer)
+
     def expert_problem(self) -> ExpertProblem:
         """Sizes of the experts; a layer's buffer holds what every rank may send."""
         shards = self.world_size if self.whole else self.shards
@@ -160,7 +170,7 @@ class LayerCell(Cell, frozen=True, order=True, tag="layer"):
             intermediate=self.intermediate,
             experts=self.experts,
             top_k=self.top_k,
-            capacity=self.capacity * self.world_size,
+            capacity=self.rows,
             dtype=self.dtype,
             shared=self.shared,
         )
@@ -206,10 +216,6 @@ class LayerCase(Case, frozen=True, tag="layer"):
 
     cell: LayerCell
     rounds: tuple[LayerRound, ...]  # type: ignore[assignment]
-
-
-#: Rows of the largest buffer of the experts.
-MAX_BUFFER = 1 << 20
 
 
 def routing_counts(routing: Explicit | Recipe) -> tuple[int, ...]:
@@ -314,8 +320,9 @@ def validate_layer(case: LayerCase) -> None:
     if not 0 <= cell.redundant < cell.experts:
         raise CaseError(f"redundant is {cell.redundant}; give 0 to {cell.experts - 1}")
     for index, a_round in enumerate(case.rounds):
-        if not 0 <= a_round.tail <= MAX_BUFFER:
-            raise CaseError(f"round {index} has a tail of {a_round.tail} rows; give 0 to {MAX_BUFFER}")
+        room = cell.rows - sum(routing_counts(a_round.routing))
+        if not 0 <= a_round.tail <= room:
+            raise CaseError(f"round {index} has a tail of {a_round.tail} rows; give 0 to {room}, which the buffer has")
         if a_round.physical and sorted(set(a_round.physical)) != list(range(cell.logical)):
             raise CaseError(
                 f"round {index} places {sorted(set(a_round.physical))}; each of {cell.logical} experts once"

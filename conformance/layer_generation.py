@@ -41,7 +41,9 @@ from reference.placement import physical_to_global
 _FEW, _TIMES = 4, (2, 32, 4096)
 _VALUES: tuple[Values, ...] = ("normal", "normal", "integers", "wide")
 #: What tells most first: Hypothesis begins with the first choice of everything.
-_WEIGHTINGS: tuple[Weighting, ...] = ("signed", "zeros", "positive", "ones")
+_WEIGHTINGS: tuple[Weighting, ...] = ("signed", "single", "zeros", "positive", "ones")
+#: Rows at which kernels are known to switch, declared or not.
+_SWITCHES = (15, 16, 17, 31, 32, 33, 64, 255, 256, 257)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)[1:]
 #: Part of a layer's cases for that placement.
 ROUND_ROBIN = "round-robin"
@@ -117,12 +119,14 @@ def ladder(cell: LayerCell, contract: ExpertContract, *, short: bool = False) ->
     counted = contract.takes_num_rows
     for times in _TIMES if counted else ():
         valid = min(_FEW, cell.capacity)
-        yield _one(cell, _routing(cell, valid, "uniform", seed=times), tail=valid * (times - 1))
+        if valid * times <= cell.rows:
+            yield _one(cell, _routing(cell, valid, "uniform", seed=times), tail=valid * (times - 1))
     if counted and contract.takes_empty:
         yield _one(cell, Explicit(((),)), tail=5)
+    few = min(9, cell.capacity)
+    yield _one(cell, _routing(cell, few, "uniform", seed=5), weighting="single")
     if short:
         return
-    few = min(9, cell.capacity)
     for parameter in range(cell.shards):
         yield _one(cell, _routing(cell, few, "hot-rank", parameter=parameter, repeats=repeats), values="integers")
     yield _one(cell, _routing(cell, few, "duplicates" if repeats else "spread", repeats=repeats), weighting="zeros")
@@ -134,13 +138,16 @@ def ladder(cell: LayerCell, contract: ExpertContract, *, short: bool = False) ->
         yield _one(cell, _routing(cell, few, "uniform", seed=3), quantised=True, tail=3 if counted else 0)
     for seed, relation in enumerate(RELATIONS if cell.check != "sort" else ()):
         tail = 3 if counted and relation != "scaled weights" else 0
-        yield _one(cell, _routing(cell, few, "uniform", seed=seed), relation=relation, weighting="signed", tail=tail)
+        weighting = "zeros" if relation == "zero routes" else "signed"
+        routing = _routing(cell, few, "uniform", seed=seed)
+        yield _one(cell, routing, relation=relation, weighting=weighting, tail=min(tail, cell.rows - few))
 
 
 def _row_ladder(cell: LayerCell, contract: ExpertContract) -> list[int]:
     sides = [boundary + step for boundary in contract.boundaries for step in (0, 1)]
     least = 0 if contract.takes_empty else 1
-    return sorted({rows for rows in (0, 1, 3, cell.capacity, *sides) if least <= rows <= cell.capacity})
+    found = {rows for rows in (0, 1, 3, cell.capacity, *_SWITCHES, *sides) if least <= rows <= cell.capacity}
+    return sorted(found)
 
 
 def _one(cell: LayerCell, routing: Explicit, **settings: object) -> LayerCase:
@@ -166,6 +173,29 @@ def _routing(
     return Explicit(found if repeats else _without_repeats(found, cell.logical))
 
 
+def layer_ladder(cell: LayerCell, contract: LayerContract) -> Iterator[LayerCase]:
+    """Cases that every run of a layer begins with: sizes that change from round to round and, with replicas, moves."""
+    if cell.mode == "drained" and not cell.redundant:
+        return
+    counts = (1, min(7, cell.capacity), min(2, cell.capacity))
+    tables: tuple[tuple[int, ...], ...] = ((), (), ())
+    if cell.redundant:
+        replicas = [cell.logical - 1 - i % cell.logical for i in range(cell.redundant)]
+        # Everybody moves; then replicas of one expert lie beside each other.
+        moved = (*reversed(range(cell.logical)), *replicas)
+        tables = ((), moved, (*([0] * cell.redundant), *range(cell.logical)))
+    rounds_ = []
+    for number, (count, physical) in enumerate(zip(counts, tables, strict=True)):
+        rows = tuple(
+            tuple(tuple((rank + 3 * t + number + j) % cell.logical for j in range(cell.top_k)) for t in range(count))
+            for rank in range(cell.world_size)
+        )
+        repeats = takes_duplicates(contract)
+        routing = Explicit(rows if repeats else _without_repeats(rows, cell.logical))
+        rounds_.append(LayerRound(routing, values="normal", seed=number, weighting="signed", physical=physical))
+    yield LayerCase(cell, tuple(rounds_))
+
+
 # ---------------------------------------------------------------------------------------------------- drawn cases
 @st.composite
 def expert_rounds(draw: st.DrawFn, cell: LayerCell, contract: ExpertContract) -> LayerRound:
@@ -188,7 +218,7 @@ def expert_rounds(draw: st.DrawFn, cell: LayerCell, contract: ExpertContract) ->
         values=draw(st.sampled_from(_VALUES)),
         seed=draw(st.integers(0, _MAX_SEED)),
         weighting=draw(st.sampled_from(_WEIGHTINGS)),
-        tail=draw(st.sampled_from((0, 1, 5, 40))) if counted else 0,
+        tail=draw(st.sampled_from([t for t in (0, 1, 5, 40) if t + count <= cell.rows])) if counted else 0,
         counted=counted,
         quantised=contract.wire is not None and draw(st.booleans()),
         relation=draw(st.sampled_from(("", "", *RELATIONS))) if cell.check != "sort" else "",
@@ -197,7 +227,14 @@ def expert_rounds(draw: st.DrawFn, cell: LayerCell, contract: ExpertContract) ->
 
 @st.composite
 def layer_rounds(
-    draw: st.DrawFn, cell: LayerCell, names: Sequence[str], physical: tuple[int, ...], *, delays: bool, repeats: bool
+    draw: st.DrawFn,
+    cell: LayerCell,
+    names: Sequence[str],
+    physical: tuple[int, ...],
+    weighting: Weighting | None,
+    *,
+    delays: bool,
+    repeats: bool,
 ) -> LayerRound:
     """One forward pass of a layer, routed by logical experts, which lie where ``physical`` says."""
     drawn: Round = draw(rounds(_routed(cell), names, delays=delays))
@@ -207,7 +244,7 @@ def layer_rounds(
         values=draw(st.sampled_from(_VALUES)),
         seed=drawn.seed,
         delays_ms=drawn.delays_ms,
-        weighting=draw(st.sampled_from(_WEIGHTINGS)),
+        weighting=draw(st.sampled_from(_WEIGHTINGS)) if weighting is None else weighting,
         physical=physical,
     )
 
@@ -245,7 +282,9 @@ def layer_cases(
     built = []
     for _ in range(length):
         physical = draw(placed(cell, only)) if cell.translated else ()
-        built.append(draw(layer_rounds(cell, names, physical, delays=free, repeats=repeats)))
+        # A part of its own has a weighting of its own: with few cases every choice is the first one.
+        weighting: Weighting | None = "single" if only == ROUND_ROBIN else None
+        built.append(draw(layer_rounds(cell, names, physical, weighting, delays=free, repeats=repeats)))
     return LayerCase(cell, tuple(built))
 
 

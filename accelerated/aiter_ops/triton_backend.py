@@ -57,6 +57,11 @@ class AiterTritonBackend:
         """Factor on the time limits of a case: an interpreted launch takes as long as hundreds of compiled ones."""
         return 20.0 if triton_library.interpreted() else 1.0
 
+    @property
+    def longest_buffer(self) -> int:
+        """Rows of an experts' buffer that are worth running: every one of them costs the interpreter."""
+        return 128 if triton_library.interpreted() else 1024
+
     def support(self, problem: RowProblem | ExpertProblem, kernel_type: str) -> Support:
         """Standing of operator ``kernel_type`` on the declared architecture."""
         if isinstance(problem, ExpertProblem):

@@ -149,6 +149,11 @@ def stored(
     return _fp8(matrices, library.fp8), laid_out.contiguous()
 
 
+def _own(weights: torch.Tensor) -> torch.Tensor:
+    """A copy whose last stride is 1 whatever the shape: a tensor of one column or row may be contiguous with another."""
+    return weights.clone(memory_format=torch.contiguous_format)
+
+
 def _fp8(codes: torch.Tensor, dtype: Any) -> torch.Tensor:
     return codes.to(torch.uint8).contiguous().view(dtype)
 
@@ -172,7 +177,7 @@ class SortedExperts(Experts):
         """
         ids = self._checked(rows, ids, weights, scales, num_rows)
         with torch.no_grad():
-            return _CALLS[self.operator](self, rows, self._slots_of(ids), weights.contiguous(), scales)
+            return _CALLS[self.operator](self, rows, self._slots_of(ids), _own(weights), scales)
 
     def _config(self, **kind: bool) -> Callable[[int], dict[str, Any]]:
         """Tile sizes by number of rows."""

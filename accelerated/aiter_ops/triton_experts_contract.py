@@ -273,6 +273,8 @@ def _refusal(problem: ExpertProblem, operator: Operator, name: str, arch: str) -
     if operator.local_only and problem.shards > 1:
         return f"shards is {problem.shards}; {name} has to hold every expert: {operator.local_only}"
     pairs = problem.capacity * problem.top_k
+    if problem.shared:
+        return f"{problem.shared} fused shared experts; the Triton kernels are given routed ones only"
     if operator.form is Form.RAGGED and pairs > RAGGED_PAIRS:
         return f"capacity times top_k is {pairs}; routing data are made of at most {RAGGED_PAIRS} pairs"
     return ""

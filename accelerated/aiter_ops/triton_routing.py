@@ -70,6 +70,8 @@ def read_back(
     # Beyond the histogram's end a position has expert E, which is none.
     expert = torch.searchsorted(counts.long().cumsum(0), position, right=True, out_int32=True)
     inside = gather.long().clamp(0, max(pairs - 1, 0))
-    ids = expert.new_full((pairs,), -1).scatter_(0, inside, expert)
+    # Where a row repeats an id the histogram is short, and the gather's end was never written: nothing is read there.
+    known = position < counts.sum()
+    ids = expert.new_full((pairs + 1,), -1).scatter_(0, torch.where(known, inside, pairs), expert)[:pairs]
     chosen = weights[scatter.long().clamp(0, max(pairs - 1, 0))]
     return RouteResult(chosen.float().view(-1, top_k), ids.view(-1, top_k))

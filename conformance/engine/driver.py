@@ -274,6 +274,7 @@ _CHECK_ORDER = (
     "route.choice",
     "route.weights",
     "compiled.layout",
+    "sort.layout",
     "sort.totals",
     "sort.entries",
     "sort.weights",

@@ -58,7 +58,7 @@ def settings(case: LayerCase) -> Iterator[LayerCase]:
     tails = {r.tail for r in case.rounds}
     for tail in sorted(tails):
         yield _each(case, tail=tail // 2)
-    if case.cell.redundant and any(r.physical for r in case.rounds):
+    if any(r.physical for r in case.rounds):
         yield _each(case, physical=())
 
 

@@ -14,14 +14,14 @@ import torch
 
 from accelerated.experts import ExpertContract, ExpertOperation
 from accelerated.interface import RankContext
-from accelerated.operators import QuantResult
+from accelerated.operators import QuantContract, QuantResult
 from conformance.cases import LayerCase, LayerCell, LayerRound, expand
 from conformance.engine.protocol import Mismatch
 from conformance.rank.expert_weights import weights_of
 from conformance.rank.guard import synchronise
 from conformance.rank.inputs import Inputs
 from conformance.rank.judge_experts import judge_layout, judge_output, judge_same_bits
-from conformance.rank.judge_rows import read_quantised
+from conformance.rank.judge_rows import first_rows, judge_quantised, read_quantised
 from conformance.rank.layer_inputs import layer_inputs, poisoned
 from conformance.rank.oracle_experts import expected_by_oracle
 from conformance.rank.phases import SetPhase
@@ -45,6 +45,7 @@ class _Call:
     scales: torch.Tensor | None
     output: torch.Tensor
     kept: torch.Tensor
+    values: torch.Tensor | None = None  # what the codes stand for
 
 
 class ExpertProgram:
@@ -147,12 +148,12 @@ class ExpertProgram:
     def _judge(self, shard: int, index: int, a_round: LayerRound, call: _Call) -> tuple[Mismatch | None, float]:
         where = f"shard {shard} of {self._cell.shards}: " if self._cell.shards > 1 else ""
         shape = (call.given.rows.shape[0], self._cell.hidden)
-        mismatch = judge_layout("experts.layout", index, call.output, shape, self._dtype)
+        mismatch = judge_layout("experts.layout", index, call.output, shape, self._dtype) or self._quantised(
+            index, call
+        )
         if mismatch is not None:
             return mismatch, 0.0
-        accepted = self._accepted(shard, index, call)
-        if isinstance(accepted, Mismatch):
-            return accepted, 0.0
+        accepted = self._accepted(shard, call)
         ids = call.given.ids[: call.valid]
         mismatch, ratio = judge_output(
             "experts.output", index, call.output[: call.valid], accepted, ids, where=where, rank=shard
@@ -163,19 +164,27 @@ class ExpertProgram:
             ratio = max(ratio, again)
         return mismatch, ratio
 
-    def _accepted(self, shard: int, index: int, call: _Call) -> Interval | Mismatch:
+    def _quantised(self, index: int, call: _Call) -> Mismatch | None:
+        """Judge the codes and scales that the operation made of the rows; what they stand for goes on."""
+        wire = self._contract.wire
+        if call.codes is None or wire is None:
+            return None
+        if call.scales is None:
+            return Mismatch("quantise.layout", index, "codes came back without scales")
+        result = QuantResult(call.codes.view(torch.uint8), _plain(call.scales))
+        shape = call.given.rows.shape
+        read = read_quantised(index, result, wire, *shape)
+        if isinstance(read, Mismatch):
+            return read
+        rows = call.given.rows[: call.valid]
+        mismatch, _ = judge_quantised(index, rows, first_rows(read, wire, call.valid), QuantContract(wire), 1.0)
+        call.values = (read.values * expand_scales(read.scales, wire, *shape))[: call.valid]
+        return mismatch
+
+    def _accepted(self, shard: int, call: _Call) -> Interval:
         """Every legal output of the valid rows."""
         valid, given = call.valid, call.given
-        rows = given.rows[:valid].double()
-        if call.codes is not None and call.scales is not None:
-            wire = self._contract.wire
-            assert wire is not None
-            result = QuantResult(call.codes.view(torch.uint8), _plain(call.scales))
-            read = read_quantised(index, result, wire, *given.rows.shape)
-            if isinstance(read, Mismatch):
-                return read
-            values = read.values * expand_scales(read.scales, wire, *given.rows.shape)
-            rows = values[:valid]
+        rows = given.rows[:valid].double() if call.values is None else call.values
         numerics = self._contract.numerics(given.rows.shape[0])
         judge = expected_by_oracle if self._judged_by == "oracle" else experts.accepted
         return judge(
@@ -206,9 +215,10 @@ class ExpertProgram:
         if not applies(relation, contract.numerics(call.given.rows.shape[0])):
             return None, 0.0
         counted = call.count is not None
-        second = second_call(relation, call.given, call.valid, contract, a_round.seed, counted=counted)
-        if second is None or (contract.numerics(second.rows.shape[0]) != contract.numerics(call.given.rows.shape[0])):
-            return None, 0.0  # another path, with roundings of its own
+        room = self._cell.rows
+        second = second_call(relation, call.given, call.valid, contract, a_round.seed, counted=counted, room=room)
+        if second is None or (relation == "zero routes" and not contract.drops_masked):
+            return None, 0.0
         operation = self._operations[shard]
         given = Inputs(second.rows, second.ids, second.weights)
         if relation == "expert order":
@@ -216,8 +226,16 @@ class ExpertProgram:
         again = self._on(shard, given, call.valid, counted=counted, quantised=call.codes is not None)
         if relation == "expert order":
             operation.load(self._local[shard], self._owned(shard))
-        got = second.back(again.output[: call.valid])
         text = f"{relation}: "
+        shape = (given.rows.shape[0], self._cell.hidden)
+        mismatch = judge_layout("experts.layout", index, again.output, shape, self._dtype)
+        mismatch = mismatch or self._quantised(index, again) or self._side_effects(index, again)
+        if mismatch is not None:
+            return mismatch, 0.0
+        if contract.numerics(given.rows.shape[0]) != contract.numerics(call.given.rows.shape[0]):
+            # The longer buffer takes another path, with roundings of its own.
+            accepted = self._accepted(shard, again)
+        got = second.back(again.output[: call.valid])
         mismatch, ratio = judge_output(
             "experts.relation", index, got, accepted, call.given.ids[: call.valid], where=text, rank=shard
         )

@@ -50,6 +50,9 @@ def _weights(a_round: LayerRound, shape: tuple[int, int], generator: torch.Gener
     signed = torch.randn(shape, generator=generator)
     if a_round.weighting == "zeros":
         signed[torch.rand(shape, generator=generator) < 0.4] = 0.0
+    elif a_round.weighting == "single":
+        chosen = torch.randint(0, shape[1], (shape[0], 1), generator=generator)
+        return torch.zeros(shape).scatter(1, chosen, signed.gather(1, chosen) + signed.gather(1, chosen).sign())
     return signed
 
 

@@ -48,12 +48,12 @@ def applies(relation: Relation, numerics: ExpertNumerics) -> bool:
 
 
 def second_call(
-    relation: Relation, given: Inputs, valid: int, contract: ExpertContract, seed: int, *, counted: bool
+    relation: Relation, given: Inputs, valid: int, contract: ExpertContract, seed: int, *, counted: bool, room: int
 ) -> Second | None:
     """The second call of ``relation`` after one on ``given``, of which the first ``valid`` rows are valid.
 
-    None where it would be no call that the contract takes. ``expert order`` changes the weights, not the call: its
-    second call is the first's.
+    ``room`` is the largest buffer. None where it would be no call that the contract takes. ``expert order`` changes the
+    weights, not the call: its second call is the first's.
     """
     device, count = given.rows.device, given.rows.shape[0]
     same = Second(given.rows.clone(), given.ids.clone(), given.weights.clone(), lambda out: out, contract.deterministic)
@@ -68,6 +68,12 @@ def second_call(
         inverse = torch.argsort(order)
         bits = contract.deterministic and contract.rows_alone
         return Second(given.rows[order], given.ids[order], given.weights[order], lambda out: out[inverse[:valid]], bits)
+    if relation == "zero routes":
+        # A slot of weight zero may name any expert, or none.
+        zero = given.weights == 0
+        return Second(
+            given.rows.clone(), torch.where(zero, -1, given.ids), given.weights.clone(), lambda out: out, False
+        )
     if relation == "slot order":
         order = other_order(given.ids.shape[1], seed).to(device)
         return Second(given.rows.clone(), given.ids[:, order], given.weights[:, order], lambda out: out, False)
@@ -77,7 +83,9 @@ def second_call(
     assert relation == "larger buffer"
     if not counted:
         return None
-    extra = min(max(_LARGER * count, 1), 4096)
+    extra = min(max(_LARGER * count, 1), room - count)
+    if extra < 1:
+        return None
     rows = torch.cat([given.rows, given.rows.new_full((extra, given.rows.shape[1]), torch.nan)])
     ids = torch.cat([given.ids, given.ids.new_zeros(extra, given.ids.shape[1])])
     weights = torch.cat([given.weights, given.weights.new_ones(extra, given.weights.shape[1])])

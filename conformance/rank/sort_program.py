@@ -64,12 +64,38 @@ class SortProgram:
         synchronise(device)
         wanted = sort(given.ids, given.weights, self._slots[shard], self._contract.block, num_rows=count)
         where = f"shard {shard} of {self._cell.shards}: "
-        mismatch = judge_sort(index, found, wanted, where, clears=self._contract.clears)
+        shape = (given.rows.shape[0], self._cell.hidden) if self._contract.clears else None
+        mismatch = _bad_layout(index, found, where, shape, self._cell.dtype) or judge_sort(
+            index, found, wanted, where, clears=self._contract.clears
+        )
         if mismatch is None and not (
             torch.equal(handed.ids, given.ids) and torch.equal(handed.weights.nan_to_num(), given.weights.nan_to_num())
         ):
             mismatch = Mismatch("inputs.modified", index, f"{where}the backend changed its ids or weights")
         return mismatch
+
+
+def _bad_layout(
+    index: int, found: SortResult, where: str, output: tuple[int, int] | None, dtype: str
+) -> Mismatch | None:
+    """Element types and dimensions of a sort's buffers; ``output``: shape of the one that is cleared, if any."""
+    for name, kind in (
+        ("entries", torch.int32),
+        ("weights", torch.float32),
+        ("experts", torch.int32),
+        ("totals", torch.int32),
+    ):
+        got = getattr(found, name)
+        least = 2 if name == "totals" else 0
+        if got.dtype != kind or got.dim() != 1 or got.shape[0] < least:
+            message = f"{where}{name} are {list(got.shape)} {got.dtype}"
+            return Mismatch("sort.layout", index, message, got=message, wanted=f"one dimension of {kind}")
+    if output is not None and found.output is not None:
+        wanted = getattr(torch, dtype)
+        if tuple(found.output.shape) != output or found.output.dtype != wanted:
+            message = f"{where}the cleared buffer is {list(found.output.shape)} {found.output.dtype}"
+            return Mismatch("sort.layout", index, message, got=message, wanted=f"{list(output)} {wanted}")
+    return None
 
 
 def judge_sort(index: int, found: SortResult, wanted: Sorted, where: str, *, clears: bool) -> Mismatch | None:

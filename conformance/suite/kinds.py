@@ -37,6 +37,8 @@ def fixed_cases(planned: PlannedCell, contract: object) -> Iterator[AnyCase]:
         experts = _layer_contract(contract)
         assert isinstance(experts, ExpertContract)
         yield from layer_generation.ladder(planned.cell, experts, short=planned.short)
+    elif isinstance(planned.cell, LayerCell) and isinstance(contract, LayerContract):
+        yield from layer_generation.layer_ladder(planned.cell, contract)
 
 
 def drawn_parts(cell: AnyCell, contract: object, examples: int) -> list[Part]:
@@ -73,6 +75,7 @@ def required(planned: PlannedCell, contract: object, parts: list[Part]) -> froze
             quantised=isinstance(layer, ExpertContract) and layer.wire is not None,
             duplicates=layer_generation.takes_duplicates(layer),
             round_robin=layer_generation.ROUND_ROBIN in names,
+            counted=isinstance(layer, ExpertContract) and layer.takes_num_rows,
         )
     return coverage.required(cell.world_size, masked=len(parts) > 1)
 

@@ -5,17 +5,28 @@ What a hit class does not prove: that the backend took a different path because 
 
 from __future__ import annotations
 
-from conformance.cases import Case, LayerCase, LayerCell, expand
+import msgspec
+
+from conformance.cases import Case, Explicit, LayerCase, LayerCell, expand, routing_counts
+from conformance.layer_generation import RELATIONS
 from conformance.suite import coverage
-from reference.placement import physical_to_global
+from reference.placement import owned_experts, physical_to_global
 
 
 def classes(case: LayerCase) -> tuple[str, ...]:
     """Names of the classes that any round of the case hits."""
     cell = case.cell
-    # Under replicas the ranks follow from the placement: what the exchange's classes say of ids would be of others.
-    hit = set() if cell.redundant else set(coverage.classes(Case(cell, case.rounds)))
-    per_shard = max(cell.logical // cell.shards, 1)
+    hit = set() if cell.redundant else set(coverage.classes(_as_exchange(case)))
+    owner = {
+        expert: shard
+        for shard in range(cell.shards)
+        for expert in owned_experts(cell.experts, cell.shards, shard, cell.placement)
+    }
+    first = {owned_experts(cell.experts, cell.shards, s, cell.placement)[0] for s in range(cell.shards)}
+    held: tuple[int, ...] = ()
+    sizes = {routing_counts(a_round.routing) for a_round in case.rounds}
+    if len(sizes) > 1:
+        hit.add("sizes change")
     for a_round in case.rounds:
         hit.add(f"values {a_round.values}")
         hit.add(f"weights {a_round.weighting}")
@@ -25,22 +36,49 @@ def classes(case: LayerCase) -> tuple[str, ...]:
             hit.add("quantised rows")
         if a_round.relation:
             hit.add(f"relation {a_round.relation}")
-        if a_round.physical:
+        placed = a_round.physical or held
+        if cell.redundant and placed != held:
             hit.add("experts moved")
-        if a_round.physical and a_round.physical == physical_to_global(cell.experts, cell.world_size):
+        held = placed
+        if not cell.redundant and placed == physical_to_global(cell.experts, cell.world_size) and cell.world_size > 1:
             hit.add("round-robin placement")
-        if cell.redundant or cell.shards > 1:
+        if cell.shards > 1:
             rows = [row for tokens in expand(cell, a_round.routing) for row in tokens]
             named = {e for row in rows for e in row if e >= 0}
-            if cell.shards > 1 and rows and not any(e % per_shard == 0 for e in named):
+            if rows and not named & first:
                 hit.add("no token for a first expert")
-            if cell.shards > 1 and rows and len({e // per_shard for e in named}) < cell.shards:
+            if rows and len({owner[e] for e in named}) < cell.shards:
                 hit.add("shard without tokens")
     return tuple(sorted(hit))
 
 
+def _as_exchange(case: LayerCase) -> Case:
+    """The exchange that a case is: its routing by physical experts, each round where its experts lie."""
+    cell = case.cell
+    held: tuple[int, ...] = ()
+    built = []
+    for a_round in case.rounds:
+        held = a_round.physical or held
+        if not held:
+            built.append(a_round)
+            continue
+        place = {expert: position for position, expert in enumerate(held)}
+        rows = tuple(
+            tuple(tuple(place.get(e, e) for e in row) for row in tokens) for tokens in expand(cell, a_round.routing)
+        )
+        built.append(msgspec.structs.replace(a_round, routing=Explicit(rows)))
+    return Case(cell, tuple(built))
+
+
 def required(
-    cell: LayerCell, *, short: bool, masked: bool, quantised: bool, duplicates: bool = True, round_robin: bool = False
+    cell: LayerCell,
+    *,
+    short: bool,
+    masked: bool,
+    quantised: bool,
+    duplicates: bool = True,
+    round_robin: bool = False,
+    counted: bool = True,
 ) -> frozenset[str]:
     """Classes without which a cell's checks mean nothing.
 
@@ -51,16 +89,19 @@ def required(
         quantised: rows may come quantised.
         duplicates: a row may name an expert twice.
         round_robin: part of the cases is for that placement.
+        counted: a row count may be given.
     """
     if cell.whole:
         own = {"experts moved"} if cell.redundant else {"row crosses ranks"} if cell.world_size > 1 else set()
+        own |= {"sizes change"} if cell.redundant or cell.mode != "drained" else set()
         own |= {"round-robin placement"} if round_robin else set()
         return frozenset(own | ({"masked slot"} if masked and not cell.redundant else set()))
     if short:
-        return frozenset({"weights signed"})
+        return frozenset({"weights signed", "weights single"})
     if cell.check == "sort":
         return frozenset({"weights signed", *({"no token for a first expert"} if cell.shards > 1 else ())})
-    own = {"weights signed", "weights zeros", "values integers", "values wide"}
+    own = {"weights signed", "weights single", "weights zeros", "values integers", "values wide"}
+    own |= {f"relation {name}" for name in RELATIONS} | ({"rows beyond the count"} if counted else set())
     own |= {"duplicate expert"} if duplicates and cell.top_k > 1 else set()
     own |= {"no token for a first expert", "shard without tokens"} if cell.shards > 1 else set()
     return frozenset(own | ({"quantised rows"} if quantised else set()) | ({"masked slot"} if masked else set()))

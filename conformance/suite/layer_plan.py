@@ -46,12 +46,14 @@ class ExpertSlot:
 EXPERTS = (
     ExpertSlot(256, 128, 8, 4, 257, 10, shards=2),
     ExpertSlot(512, 256, 6, 3, 33, 4, shards=3, short=True),
-    ExpertSlot(256, 128, 4, 1, 33, 3, short=True),
-    ExpertSlot(256, 128, 8, 2, 17, 4, shards=2, placement="round_robin", short=True),
+    ExpertSlot(256, 128, 4, 1, 33, 3, shards=2),
+    ExpertSlot(256, 128, 8, 2, 17, 4, shards=2, placement="round_robin"),
     ExpertSlot(256, 128, 8, 2, 17, 4, shards=2, shared=1, short=True),
 )
 EXPERTS_SMOKE = (ExpertSlot(256, 128, 8, 4, 17, 3, shards=2, short=True),)
 EXPERTS_COMPANION = (ExpertSlot(256, 128, 8, 4, 17, 3, shards=2),)
+#: Rows of the longest buffer: 4,096 times as many as are valid, and what a relation adds.
+LONGEST_BUFFER = 4 * 4096 + 1024
 #: What a GPU gets on top.
 EXPERTS_HARDWARE = (
     ExpertSlot(4096, 1024, 32, 8, 1024, 6, shards=4),
@@ -133,6 +135,7 @@ def expert_cells(
                 intermediate=slot.intermediate,
                 shards=slot.shards,
                 shared=slot.shared,
+                buffer=min(LONGEST_BUFFER, getattr(backend, "longest_buffer", LONGEST_BUFFER)),
             )
             found = _planned(backend, cell, slot.examples, companion, short=slot.short)
             if isinstance(found, PlannedCell):
@@ -164,15 +167,18 @@ def layer_cells(
     every = tier == "explore" or only_models
     wide = [size for size in ep_sizes if size > 1]
     for number, path in enumerate(paths):
-        if not (every or named) and path.removesuffix(UNQUANTISED).endswith(ALONE_SUFFICES):
-            continue
         if path.endswith(UNQUANTISED) and not _has_wire(backend, path.removesuffix(UNQUANTISED)):
             continue  # the path without the suffix is the same
+        if not (every or named) and path.removesuffix(UNQUANTISED).endswith(ALONE_SUFFICES):
+            reason = "these experts differ in what one rank computes alone: planned in explore, or with --operator"
+            yield Unsupported(name, path, max(ep_sizes), 1, reason)
+            continue
+        able = [size for size in wide if _runs(backend, path, size)]
         for world_size in ep_sizes:
             for nodes in (1, 2) if world_size % 2 == 0 else (1,):
                 refused: dict[str, None] = {}
                 shapes = models if every else ()
-                turn = every or named or not wide or world_size == wide[number % len(wide)]
+                turn = every or named or not able or world_size == able[number % len(able)]
                 here = [slot for slot in slots if turn or not slot.in_turn]
                 for cell, examples in _layers(name, path, world_size, nodes, here, shapes, only_models):
                     found = _planned(backend, cell, examples, companion)
@@ -260,6 +266,12 @@ def _planned(
                 "ranks; choose a dispatch with buffers of one size"
             )
     return PlannedCell(cell, examples, support.standing is Standing.CLAIMED, companion, short)
+
+
+def _runs(backend: Backend, path: str, world_size: int) -> bool:
+    """Whether a path runs at an EP size on one node."""
+    problem = _layer("", path, world_size, 1, LAYERS[0]).problem()
+    return backend.support(problem, path).standing is not Standing.REFUSED
 
 
 def _has_wire(backend: Backend, path: str) -> bool:

@@ -139,7 +139,8 @@ def _void_what_was_judged_wrongly(totals: Totals) -> None:
 def _subject(cell: AnyCell) -> str:
     """What part of the reference a cell is judged by; a compiler that is off says nothing about anything else."""
     if isinstance(cell, LayerCell):
-        return "experts"
+        # Experts of one scheme say nothing about those of another; a sort has no yardstick but its model.
+        return cell.check if cell.check == "sort" else cell.kernel_type.rpartition(".")[2].partition("@")[0]
     if isinstance(cell, RowCell) and cell.check == "compiled":
         return cell.check
     return cell.family.value if isinstance(cell, RowCell) else "dispatch and combine"

@@ -73,7 +73,7 @@ def test_odd_experts_have_scales_that_are_no_powers_of_two() -> None:
 
 
 @pytest.mark.parametrize("values", ["normal", "integers", "wide"])
-@pytest.mark.parametrize("weighting", ["ones", "positive", "signed", "zeros"])
+@pytest.mark.parametrize("weighting", ["ones", "positive", "signed", "zeros", "single"])
 def test_inputs_are_the_seeds_own_and_finite(values: Values, weighting: Weighting) -> None:
     rows = tuple((0, 1, 2, 3) for _ in range(24))
     case = one(experts_cell(), *rows, values=values, weighting=weighting, seed=5)
@@ -83,8 +83,10 @@ def test_inputs_are_the_seeds_own_and_finite(values: Values, weighting: Weightin
     assert torch.equal(found.rows, again.rows)
     assert not torch.equal(found.rows, other.rows)
     assert found.rows.isfinite().all()
-    assert bool((found.weights < 0).any()) == (weighting in ("signed", "zeros"))
-    assert bool((found.weights == 0).any()) == (weighting == "zeros")
+    assert bool((found.weights < 0).any()) == (weighting in ("signed", "zeros", "single"))
+    assert bool((found.weights == 0).any()) == (weighting in ("zeros", "single"))
+    if weighting == "single":
+        assert ((found.weights != 0).sum(1) == 1).all()
 
 
 def test_what_lies_beyond_the_valid_rows_is_poison() -> None:
@@ -132,10 +134,12 @@ def test_a_relation_undoes_itself_on_a_linear_map(relation: str) -> None:
     def experts(rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return rows * (weights * (1 + ids)).sum(1, keepdim=True)
 
-    second = second_call(relation, given, 3, contract, 7, counted=True)  # type: ignore[arg-type]
+    second = second_call(relation, given, 3, contract, 7, counted=True, room=64)  # type: ignore[arg-type]
     assert second is not None
     back = second.back(experts(second.rows, second.ids, second.weights)[:3])
     assert torch.allclose(back, experts(given.rows, given.ids, given.weights)[:3], rtol=1e-5)
+    if relation == "zero routes":
+        assert (second.ids == given.ids).all()  # no weight is zero
     if relation in ("token order", "slot order", "scaled weights", "larger buffer"):
         changed = (second.rows, second.ids, second.weights)
         held = (given.rows, given.ids, given.weights)
@@ -146,14 +150,15 @@ def test_bits_are_asked_for_only_where_they_are_promised() -> None:
     given = Inputs(torch.randn(5, 64), torch.zeros(5, 4, dtype=torch.int32), torch.randn(5, 4))
     loose = experts_contract(deterministic=False)
     for relation in RELATIONS:
-        second = second_call(relation, given, 5, loose, 7, counted=True)
+        second = second_call(relation, given, 5, loose, 7, counted=True, room=64)
         assert second is not None
         assert not second.same_bits
     tight = experts_contract(bits_at_any_rows=True, boundaries=(10,))
-    larger = second_call("larger buffer", given, 5, tight, 7, counted=True)
+    larger = second_call("larger buffer", given, 5, tight, 7, counted=True, room=64)
     assert larger is not None
     assert not larger.same_bits  # the longer buffer takes the other path
-    assert second_call("larger buffer", given, 5, tight, 7, counted=False) is None
+    assert second_call("larger buffer", given, 5, tight, 7, counted=False, room=64) is None
+    assert second_call("larger buffer", given, 5, tight, 7, counted=True, room=5) is None
     assert not applies("scaled weights", ExpertNumerics(weight_stage=WeightStage.BEFORE_ACTIVATION))
     assert applies("scaled weights", PLAIN)
     assert LayerRound(one(experts_cell(), (0, 1, 2, 3)).rounds[0].routing).relation == ""

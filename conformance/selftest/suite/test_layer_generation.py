@@ -24,7 +24,7 @@ from conformance.cases import (
     validate,
     validate_layer,
 )
-from conformance.layer_generation import RELATIONS, ladder, layer_cases, strata_of, takes
+from conformance.layer_generation import RELATIONS, ladder, layer_cases, layer_ladder, strata_of, takes
 from conformance.selftest.suite.layer_cells import (
     TOKEN,
     experts_cell,
@@ -55,10 +55,38 @@ def test_the_ladder_hits_every_class_it_must() -> None:
 
 
 def test_the_ladder_takes_both_sides_of_a_boundary_and_the_long_buffer() -> None:
-    cases = list(ladder(experts_cell(), experts_contract()))
+    cell = experts_cell(buffer=17_000, capacity=300)
+    cases = list(ladder(cell, experts_contract(boundaries=(21,))))
     counts = {len(expand(c.cell, c.rounds[0].routing)[0]) for c in cases}
-    assert {0, 1, 16, 17} <= counts
+    assert {0, 1, 16, 17, 21, 22, 32, 33, 255, 256, 257, 300} <= counts
     assert max(c.rounds[0].tail for c in cases) == 4 * 4095
+
+
+def test_no_buffer_is_longer_than_the_cell_says() -> None:
+    cell = experts_cell(buffer=50)
+    for case in ladder(cell, experts_contract()):
+        assert len(expand(cell, case.rounds[0].routing)[0]) + case.rounds[0].tail <= cell.rows == 50
+    assert cell.expert_problem().capacity == 50
+    with pytest.raises(CaseError, match="tail of 50"):
+        decode(encode(one(cell, (0, 1, 2, 3), tail=50)), "there")
+
+
+def test_experts_move_between_the_first_rounds_of_every_cell_with_replicas() -> None:
+    cell = layer_cell(experts=12, redundant=4, check="eplb")
+    (case,) = layer_ladder(cell, layer_contract())
+    check(case)
+    tables = [a_round.physical for a_round in case.rounds]
+    assert len(set(tables)) == 3
+    per_rank = cell.experts // cell.world_size
+    for rank in range(cell.world_size):
+        held = [table[rank * per_rank : (rank + 1) * per_rank] for table in tables[1:]]
+        assert held[0] != held[1]
+    assert {"experts moved", "sizes change"} <= set(layer_coverage.classes(case))
+    still = one(cell, (0, 1))
+    assert "experts moved" not in layer_coverage.classes(still)
+    (free,) = layer_ladder(layer_cell(mode="free-running"), layer_contract())
+    assert "sizes change" in layer_coverage.classes(free)
+    assert not list(layer_ladder(layer_cell(), layer_contract()))
 
 
 @pytest.mark.parametrize(
