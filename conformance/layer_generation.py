@@ -112,7 +112,16 @@ def as_experts(contract: SortContract) -> ExpertContract:
 
 # ---------------------------------------------------------------------------------------------------- the ladder
 def ladder(cell: LayerCell, contract: ExpertContract, *, short: bool = False) -> Iterator[LayerCase]:
-    """Cases that every run of the experts alone begins with; ``short`` leaves out what does not depend on the size."""
+    """Cases that every run of the experts alone begins with; ``short`` leaves out what does not depend on the size.
+
+    No two have the same numbers: what is kept from one call to the next shows.
+    """
+    for number, case in enumerate(_rungs(cell, contract, short=short)):
+        (only,) = case.rounds
+        yield LayerCase(cell, (msgspec.structs.replace(only, seed=number + 1),))
+
+
+def _rungs(cell: LayerCell, contract: ExpertContract, *, short: bool) -> Iterator[LayerCase]:
     repeats = contract.takes_duplicates
     for count in _row_ladder(cell, contract):
         yield _one(cell, _routing(cell, count, "uniform", seed=count), weighting="signed")

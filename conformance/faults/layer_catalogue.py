@@ -182,6 +182,16 @@ _FAULTS = (
         subject="sort",
     ),
     LayerFault(
+        "sort_in_int64",
+        "entries are twice as wide as the kernels read them",
+        "",
+        "moe_sorting",
+        _alone(),
+        settings={"tail": 1},
+        check="sort.layout",
+        subject="sort",
+    ),
+    LayerFault(
         "sort_weights_by_slot",
         "weights of the second slot are those of the first",
         "",

@@ -272,6 +272,13 @@ class PaddingNamesRowZero(Sort):
         return replace(found, entries=torch.where(found.entries >> TOKEN_BITS == top_k, 0, found.entries))
 
 
+class SortInInt64(Sort):
+    """``sort_in_int64``."""
+
+    def taken(self, found: SortResult, top_k: int) -> SortResult:
+        return replace(found, entries=found.entries.long())
+
+
 class SortWeightsBySlot(Sort):
     """``sort_weights_by_slot``."""
 
@@ -379,6 +386,7 @@ DEFECTS: dict[str, type[Experts] | type[Sort] | type[Layer]] = {
     "cached_by_rows": CachedByRows,
     "unsteady": Unsteady,
     "padding_names_row_zero": PaddingNamesRowZero,
+    "sort_in_int64": SortInInt64,
     "sort_weights_by_slot": SortWeightsBySlot,
     "sort_ignores_count": SortIgnoresCount,
     "sort_names_global_experts": SortNamesGlobalExperts,

@@ -1,7 +1,9 @@
 """Cells of row operators: sizes on both sides of what kernels treat differently, and their budgets.
 
-Every cell begins with its ladder; the budgets here are of drawn cases beyond it. What the plan does not contain: more
-than one node, and rows of real models beyond the hidden sizes below (production sizes run on a GPU).
+Every cell begins with its ladder; the budgets here are of drawn cases beyond it. The longest ladder of an AllReduce +
+norm, over every limit of its paths, runs at one number of ranks per operator; explore and ``--operator`` run it at all.
+What the plan does not contain: more than one node, and rows of real models beyond the hidden sizes below (production
+sizes run on a GPU).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class RowSlot:
     dtype: str = "bfloat16"
     mode: Mode = "drained"
     short: bool = False  # see PlannedCell
+    in_turn: bool = False  # one number of ranks of an operator gets this line, the next operator another one
 
 
 _Q, _N, _A, _R = Family.QUANTISE, Family.NORM, Family.ALLREDUCE_NORM, Family.ROUTE
@@ -57,7 +60,7 @@ GATE = (
     RowSlot("norm", _N, 384, 9, {1: 6}, "float16"),
     RowSlot("norm", _N, 8200, 3, {1: 6}, short=True),
     RowSlot("norm", _N, 512, 130, {1: 4}, mode="free-running", short=True),
-    RowSlot("allreduce_norm", _A, 512, 1024, {2: 6, 4: 4, 8: 3}),
+    RowSlot("allreduce_norm", _A, 512, 1024, {2: 6, 4: 4, 8: 3}, in_turn=True),
     RowSlot("allreduce_norm", _A, 384, 64, {2: 10, 4: 8, 8: 6}, short=True),
     RowSlot("allreduce_norm", _A, 4096, 40, {2: 5, 4: 4, 8: 2}, short=True),
     RowSlot("allreduce_norm", _A, 512, 128, {2: 6, 4: 4, 8: 3}, mode="free-running", short=True),
@@ -137,13 +140,15 @@ def row_cells(
     offered = {Family(family): names for family, names in operators_of(backend).items()}
     for family, names in offered.items():
         sizes = [size for size in ep_sizes if size > 1] if family is Family.ALLREDUCE_NORM else [1]
-        for operator in names:
+        for number, operator in enumerate(names):
             if operators and not companion and operator not in operators:
                 continue
             if operators and not companion and not sizes:
                 yield Unsupported(name, operator, max(ep_sizes), 1, "it reduces over ranks; give --ep-sizes 2 or more")
             for world_size in sizes:
-                yield from _operator(name, backend, companion, family, operator, world_size, slots)
+                mine = bool(operators) or tier == "explore" or world_size == sizes[number % len(sizes)]
+                here = [slot for slot in slots if mine or not slot.in_turn]
+                yield from _operator(name, backend, companion, family, operator, world_size, here)
 
 
 def _operator(

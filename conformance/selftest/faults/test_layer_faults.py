@@ -129,7 +129,7 @@ def test_fault_is_a_backend_with_its_bases_contract(name: str) -> None:
 
 def test_every_property_of_experts_and_layers_has_a_fault() -> None:
     assert {fault.subject for fault in LAYER_FAULTS.values()} == {"sort", "experts", "layer", "eplb"}
-    sorts = {f"sort.{name}" for name in ("totals", "entries", "weights", "experts", "cleared")}
+    sorts = {f"sort.{name}" for name in ("layout", "totals", "entries", "weights", "experts", "cleared")}
     checks = {fault.check for fault in LAYER_FAULTS.values()}
     assert checks == {"experts.output", "experts.relation", "experts.bits", "layer.output", *sorts}
 
