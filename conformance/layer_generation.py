@@ -183,11 +183,14 @@ def _routing(
 
 
 def layer_ladder(cell: LayerCell, contract: LayerContract) -> Iterator[LayerCase]:
-    """Cases that every run of a layer begins with: sizes that change from round to round and, with replicas, moves."""
-    if cell.mode == "drained" and not cell.redundant:
-        return
-    counts = (1, min(7, cell.capacity), min(2, cell.capacity))
+    """Cases that every run of a layer begins with: sizes that change from round to round and, with replicas, moves.
+
+    The first round has one token per rank and the same routing whatever the capacity; drained it is alone.
+    """
+    counts: tuple[int, ...] = (1, min(7, cell.capacity), min(2, cell.capacity))
     tables: tuple[tuple[int, ...], ...] = ((), (), ())
+    if cell.mode == "drained" and not cell.redundant:
+        counts, tables = counts[:1], tables[:1]
     if cell.redundant:
         replicas = [cell.logical - 1 - i % cell.logical for i in range(cell.redundant)]
         # Everybody moves; then replicas of one expert lie beside each other.

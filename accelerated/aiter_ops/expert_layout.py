@@ -1,7 +1,7 @@
 """Weights of experts, masks and ids as AITER's fused experts take them.
 
-Scope: AITER e4048607, aiter/fused_moe.py:458-797 and aiter/ops/shuffle.py; vLLM 0.33.0's mask and columns of shared
-experts. The library shuffles its own weights: a permutation of ours would follow it nowhere. What a round trip through
+Scope: AITER e4048607, aiter/fused_moe.py:458-797 and aiter/ops/shuffle.py; vLLM 0.33.0's mask, columns of shared
+experts and padding with zeros. The library shuffles its own weights: a permutation of ours would follow it nowhere. What a round trip through
 here does not prove: that a kernel reads the layout in the same way.
 """
 
@@ -27,6 +27,8 @@ TILES = (16, 16)
 class Held:
     """What one rank's calls pass.
 
+    H and I are the library's, padding included.
+
     Attributes:
         w1: ``[n, 2 I, H]``, gate rows first, shuffled and marked as such; two elements per byte for FP4.
         w2: ``[n, H, I]``, likewise.
@@ -36,6 +38,8 @@ class Held:
         bias1: float32 ``[n, 2 I]``, or None.
         bias2: float32 ``[n, H]``, or None.
         mask: int32 ``[E + S + 1]``, 1 for the experts of this rank; the last is nobody's. None: this rank has all.
+        hidden_pad: columns of padding at the end of H.
+        intermediate_pad: at the end of I; of W1's rows, behind the gates and behind the ups.
     """
 
     w1: torch.Tensor
@@ -45,10 +49,27 @@ class Held:
     bias1: torch.Tensor | None
     bias2: torch.Tensor | None
     mask: torch.Tensor | None
+    hidden_pad: int = 0
+    intermediate_pad: int = 0
 
 
-def lay_out(weights: ExpertWeights, library: AiterLibrary, mask: torch.Tensor | None) -> Held:
-    """Weights as the library takes them; new tensors."""
+def lay_out(
+    weights: ExpertWeights, library: AiterLibrary, mask: torch.Tensor | None, sizes: tuple[int, int] | None = None
+) -> Held:
+    """Weights as the library takes them; new tensors.
+
+    Args:
+        weights: of the local experts.
+        library: whose shuffles are used.
+        mask: see :class:`Held`.
+        sizes: H and I that the library gets, None for those of the weights.
+
+    Raises:
+        ValueError: sizes below those of the weights, or that end within a group of scales.
+    """
+    _, hidden, inner = weights.w2.shape
+    sizes = (hidden, inner) if sizes is None else sizes
+    weights = padded(weights, *sizes)
     shuffle = library.part("ops.shuffle")
     return Held(
         w1=shuffle.shuffle_weight(_elements(weights.w1, weights, library.dtypes), layout=TILES),
@@ -58,7 +79,54 @@ def lay_out(weights: ExpertWeights, library: AiterLibrary, mask: torch.Tensor | 
         bias1=_bias(weights.bias1),
         bias2=_bias(weights.bias2),
         mask=mask,
+        hidden_pad=sizes[0] - hidden,
+        intermediate_pad=sizes[1] - inner,
     )
+
+
+def padded(weights: ExpertWeights, hidden: int, inner: int) -> ExpertWeights:
+    """Weights, scales and biases of ``hidden`` columns and ``inner`` intermediate ones: added codes and biases are 0,
+    added scales 1. A padded channel is activated to 0 and a padded column of the result is 0.
+
+    Raises:
+        ValueError: less than the weights have, or codes whose groups the padding would split or mix.
+    """
+    _, old_hidden, old_inner = weights.w2.shape
+    if (hidden, inner) == (old_hidden, old_inner):
+        return weights
+    codec = weights.codec
+    grouped = codec is not None and codec.granularity is Granularity.GROUP
+    if hidden < old_hidden or inner < old_inner or not grouped:
+        raise ValueError(
+            f"weights of {old_hidden} x {old_inner}, stored as {codec}, cannot be padded to {hidden} x {inner}"
+        )
+    assert codec is not None
+    if any(size % codec.group for size in (old_hidden, old_inner, hidden, inner)):
+        raise ValueError(
+            f"{old_hidden} x {old_inner} padded to {hidden} x {inner}; a scale is shared by {codec.group} columns, give "
+            "multiples of it"
+        )
+    scaled = (hidden // codec.group, inner // codec.group)
+    return ExpertWeights(
+        _halves(weights.w1, inner, hidden),
+        _grown(weights.w2, hidden, inner),
+        codec,
+        None if weights.w1_scales is None else _halves(weights.w1_scales, inner, scaled[0], 1.0),
+        None if weights.w2_scales is None else _grown(weights.w2_scales, hidden, scaled[1], 1.0),
+        None if weights.bias1 is None else _halves(weights.bias1[..., None], inner, 1)[..., 0],
+        None if weights.bias2 is None else _grown(weights.bias2[..., None], hidden, 1)[..., 0],
+    )
+
+
+def _grown(tensor: torch.Tensor, rows: int, columns: int, value: float = 0.0) -> torch.Tensor:
+    """``[..., rows, columns]`` with ``value`` behind the end of both."""
+    missing = (0, columns - tensor.shape[-1], 0, rows - tensor.shape[-2])
+    return torch.nn.functional.pad(tensor, missing, value=value)
+
+
+def _halves(tensor: torch.Tensor, inner: int, columns: int, value: float = 0.0) -> torch.Tensor:
+    """``[n, 2 inner, columns]``, gates and ups padded apart."""
+    return _grown(tensor.unflatten(1, (2, -1)), inner, columns, value).flatten(1, 2)
 
 
 def _elements(stored: torch.Tensor, weights: ExpertWeights, dtypes: Any) -> torch.Tensor:
@@ -121,6 +189,19 @@ def expert_mask(owned: Sequence[int], experts: int, device: torch.device) -> tor
     mask = torch.zeros(experts + 1, dtype=torch.int32)
     mask[ids] = 1
     return mask.to(device)
+
+
+def padded_rows(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """Rows, codes or E8M0 scales ``[M, columns]``: elements and FP4 codes get zeros, scales the byte of 1, which leaves
+    codes of 0 what they are. No host sync; ``rows`` themselves if nothing is missing.
+    """
+    missing = columns - rows.shape[1]
+    if not missing:
+        return rows
+    if rows.element_size() > 1:
+        return torch.nn.functional.pad(rows, (0, missing))
+    value = E8M0_BIAS if rows.dtype == torch.float8_e8m0fnu else 0
+    return torch.nn.functional.pad(rows.view(torch.uint8), (0, missing), value=value).view(rows.dtype)
 
 
 def only_known(ids: torch.Tensor, experts: int) -> torch.Tensor:

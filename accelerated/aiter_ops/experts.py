@@ -16,7 +16,7 @@ import torch
 
 from accelerated.aiter_ops import expert_layout
 from accelerated.aiter_ops.expert_layout import Held
-from accelerated.aiter_ops.experts_numerics import ENVIRONMENT, OPERATORS, fake_column, masked
+from accelerated.aiter_ops.experts_numerics import ENVIRONMENT, OPERATORS, fake_column, masked, padded_sizes
 from accelerated.aiter_ops.library import AiterLibrary
 from accelerated.experts import ExpertContract, ExpertProblem
 from reference.expert_weights import ExpertWeights
@@ -62,6 +62,7 @@ class AiterExperts:
         self._problem, self._contract = problem, contract
         self._dtype: torch.dtype = getattr(torch, problem.dtype)
         self._experts = problem.experts + problem.shared
+        self._sizes = padded_sizes(problem, self._operator)
         self._held: Held | None = None
 
     def load(self, weights: ExpertWeights, owned: Sequence[int]) -> None:
@@ -83,7 +84,7 @@ class AiterExperts:
                 f"{self._name}: {len(owned)} of {self._experts} experts on the only rank; it has them all, or the "
                 "problem has more shards"
             )
-        self._held = expert_layout.lay_out(weights, library, mask if masked(self._problem) else None)
+        self._held = expert_layout.lay_out(weights, library, mask if masked(self._problem) else None, self._sizes)
 
     def quantise(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See :class:`accelerated.experts.ExpertOperation`; what vLLM 0.33.0 does before a dispatch through MoRI.
@@ -144,12 +145,15 @@ class AiterExperts:
             a1_scale=self._row_scales(library, scales),
             num_local_tokens=num_rows,
             dtype=self._dtype,
+            hidden_pad=held.hidden_pad,
+            intermediate_pad=held.intermediate_pad,
             bias1=held.bias1,
             bias2=held.bias2,
             swiglu_limit=limit,
             gate_mode="separated",
         )
-        return result
+        # What combines the results takes rows without a gap.
+        return result[:, : self._problem.hidden].contiguous()
 
     def close(self) -> None:
         """Release the weights; the library keeps none."""
@@ -176,15 +180,16 @@ class AiterExperts:
 
     def _rows(self, library: AiterLibrary, rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
         if scales is None:
-            return rows.contiguous()
+            return expert_layout.padded_rows(rows, self._sizes[0]).contiguous()
         wire = self._contract.wire
-        packed = wire is not None and wire.payload is E2M1
-        return rows.contiguous().view(library.dtypes.fp4x2 if packed else library.dtypes.fp8)
+        if wire is None or wire.payload is not E2M1:
+            return rows.contiguous().view(library.dtypes.fp8)
+        return expert_layout.padded_rows(rows.contiguous().view(library.dtypes.fp4x2), self._sizes[0] // 2)
 
     def _row_scales(self, library: AiterLibrary, scales: torch.Tensor | None) -> torch.Tensor | None:
         if scales is None or scales.dtype == torch.float32:
             return None if scales is None else scales.contiguous()
-        return scales.contiguous().view(library.dtypes.fp8_e8m0)
+        return expert_layout.padded_rows(scales.contiguous().view(library.dtypes.fp8_e8m0), self._sizes[0] // 32)
 
     def _check(
         self,

@@ -57,6 +57,13 @@ _TIERS = (32768, 131072)
 SWIGLU_BOUND = 256
 #: Row counts at which FlyDSL's tiles change (FM:2744-2752), as the largest count before each.
 _FLYDSL_ROWS = (1024, 2048, 8192)
+#: Multiples of H and of I to which weights and rows are padded with zeros, as serving does for gpt-oss' 2880 (vLLM
+#: 0.33.0, AITER's ``hidden_pad`` and ``intermediate_pad``): 256 of H in FlyDSL's first stage and CK-Tile's, 128 of I in
+#: FlyDSL's second. The other schemes' kernels know no padding (FM:2900-2930).
+MULTIPLES: Mapping[str, tuple[int, int]] = {"mxfp4": (256, 128)}
+#: CK-Tile, which has gpt-oss below 256 rows, steps through a second stage's scales in tiles of 256 of I
+#: (csrc/ck_tile_gemm_moe_2stages/moe_cktile2stages_common.py:190): half a tile takes the next row's for its own.
+SWIGLU_INNER = 256
 #: Compute units that the tile heuristic of CK's two-stage kernels is worked out for (aiter/jit/utils/build_targets.py).
 COMPUTE_UNITS = {"gfx942": 304, "gfx950": 256}
 
@@ -103,6 +110,14 @@ def padded_rows(rows: int) -> int:
     return max(tier for tier in _TIERS if rows >= tier)
 
 
+def padded_sizes(problem: ExpertProblem, operator: Operator) -> tuple[int, int]:
+    """H and I of the weights that the library gets: the least multiples of :data:`MULTIPLES`, or the problem's own."""
+    hidden, inner = MULTIPLES.get(operator.scheme, (1, 1))
+    if operator.activation is Activation.SWIGLU:
+        inner = SWIGLU_INNER
+    return -(-problem.hidden // hidden) * hidden, -(-problem.intermediate // inner) * inner
+
+
 def masked(problem: ExpertProblem) -> bool:
     """Whether the library gets a mask: not where one rank holds every expert (vLLM 0.33.0)."""
     return problem.shards > 1 or problem.shared > 0
@@ -116,6 +131,11 @@ class Choice:
     operator: Operator
     arch: str
     fp8: Format
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """See :func:`padded_sizes`."""
+        return padded_sizes(self.problem, self.operator)
 
     @property
     def tiles(self) -> tuple[int, ...]:
@@ -191,7 +211,7 @@ class Choice:
         element type; the bias comes after them (csrc/kernels/activation_kernels.cu:374).
         """
         element = FORMATS[self.problem.dtype]
-        parts = max(2, self.problem.hidden // 256) if self._may_split(rows) else 2
+        parts = max(2, self.padded[0] // 256) if self._may_split(rows) else 2
         return replace(
             numerics,
             gemm1_store=element,
@@ -206,7 +226,7 @@ class Choice:
         sizes = self.problem
         columns = key_columns(sizes, self.operator)
         few = padded_rows(rows) * columns <= local_experts(sizes)
-        return few and sizes.hidden >= 512 and sizes.hidden % 256 == 0
+        return few and self.padded[0] >= 512 and self.padded[0] % 256 == 0
 
     def _rows(self, columns: int) -> Codec:
         """The HIP quantiser of rows of so many columns; sorted and fused forms have the same numerics

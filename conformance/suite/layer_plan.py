@@ -74,6 +74,7 @@ class LayerSlot:
     unquantised: bool = True  # paths that dispatch the element type beside a quantised wire get this line, too
     translated: bool = True
     in_turn: bool = False  # one EP size of a path gets this line, the next path another one
+    capacity: int = 16
 
     def examples_at(self, world_size: int) -> int:
         """Cases at an EP size: those of the nearest smaller key, 0 below the least."""
@@ -86,6 +87,9 @@ LAYERS = (
     LayerSlot("layer", {2: 2, 4: 2, 8: 1}, mode="free-running", unquantised=False, in_turn=True),
     LayerSlot("layer", {2: 2, 4: 1, 8: 1}, placement="round_robin", unquantised=False, translated=False),
     LayerSlot("eplb", {2: 2, 4: 1, 8: 1}, redundant=1, unquantised=False),
+    # The same routing at the least capacity and at a large one.
+    LayerSlot("layer", {2: 1, 4: 1, 8: 1}, unquantised=False, in_turn=True, capacity=1),
+    LayerSlot("layer", {2: 1, 4: 1, 8: 1}, unquantised=False, in_turn=True, capacity=256),
 )
 LAYERS_SMOKE = (LayerSlot("layer", {2: 2, 4: 1}),)
 LAYERS_COMPANION = (
@@ -95,8 +99,8 @@ LAYERS_COMPANION = (
 )
 #: Experts that differ from others in what one rank computes alone: their layers are for explore, or asked for by name.
 ALONE_SUFFICES = ("_gelu", "stored_terms")
-#: Experts per rank, slots, tokens and sizes of a synthetic layer; two blocks of 128 in a row.
-_PER_RANK, _TOP_K, _CAPACITY, _HIDDEN, _INTERMEDIATE = 2, 3, 16, 256, 128
+#: Experts per rank, slots and sizes of a synthetic layer; two blocks of 128 in a row.
+_PER_RANK, _TOP_K, _HIDDEN, _INTERMEDIATE = 2, 3, 256, 128
 
 
 def expert_cells(
@@ -220,7 +224,7 @@ def _layer(name: str, path: str, world_size: int, nodes: int, slot: LayerSlot) -
         hidden=_HIDDEN,
         experts=(_PER_RANK * world_size if world_size > 1 else 4) + redundant,
         top_k=_TOP_K,
-        capacity=_CAPACITY,
+        capacity=slot.capacity,
         dtype="bfloat16",
         mode=slot.mode,
         placement=slot.placement,

@@ -16,8 +16,11 @@ TIES_LOST = "ties-lost"
 #: A group shared by more than 8 lanes is ranked by its first lane's experts alone
 #: (csrc/kernels/topk_softmax_kernels_group.cu, lane_steps).
 LANES_APART = "lanes-apart"
+#: CK-Tile's split first stage leaves out twice the padding at the end of W1's gates and ups: ups that are none
+#: (aiter/fused_moe.py:2817, ck_tile/ops/flatmm/kernel/moe_flatmm_kernel.hpp).
+UPS_CUT = "ups-cut"
 
-NAMES = (TIES_LOST, LANES_APART)
+NAMES = (TIES_LOST, LANES_APART, UPS_CUT)
 
 
 def present(name: str) -> bool:

@@ -99,7 +99,11 @@ class Plan:
         limit: gate and up are clamped to it, or None.
         activation: that takes the place of the caller's, or None.
         reduce: terms are written apart and then added, in place of atomic additions.
-        pads: multiples of columns of padding that the kernels skip, see :func:`skipped`; None: they read them.
+        pads: multiples of columns of padding that the kernels write and read around, see :func:`skipped`; None: they
+            know no padding.
+        last: columns of H and of I in the last tile, of which alone W1 and W2 leave out any, and nothing where there is
+            a bias; None: no such limits.
+        clears: what W1 does not write is 0 before the bias; else it is whatever was in memory.
         tkw1: scales that came with the rows are ignored.
         drops_zeros: a route of weight 0 adds 0, whatever its row holds (quant_kernels.cu:1811).
         absent: nothing is launched, and the result stays 0 (moe_cktile2stages.cu:324-370).
@@ -118,6 +122,8 @@ class Plan:
     activation: Any = None
     reduce: bool = False
     pads: tuple[int, int] | None = None
+    last: tuple[int, int] | None = None
+    clears: bool = True
     tkw1: bool = False
     drops_zeros: bool = False
     absent: bool = False
@@ -136,15 +142,18 @@ def skipped(plan: Plan, pads: tuple[int, int], biased: tuple[bool, bool]) -> tup
     Args:
         plan: of the call.
         pads: columns of padding in H and in I.
-        biased: whether W1 and W2 have a bias; FlyDSL's kernels skip nothing there.
+        biased: whether W1 and W2 have a bias; FlyDSL's kernels skip nothing there (fused_moe.py:1388).
     """
     if plan.pads is None:
         return 0, 0, 0, 0
     write, read = plan.pads
     (hidden, inner), (first, second) = pads, biased
-    if plan.pads == (1, 1):
-        return (0 if first else hidden, 0 if first else inner, 0 if second else inner, 0 if second else hidden)
-    return hidden // read * read, inner // write * write, inner // read * read, hidden // write * write
+    found = hidden // read * read, inner // write * write, inner // read * read, hidden // write * write
+    if plan.last is None:
+        return found
+    # mixed_moe_gemm_2stage_common.py:956 takes the rest of a tile, :4962 at most one.
+    ends = hidden % plan.last[0] // read * read, min(plan.last[1], found[2])
+    return (0 if first else ends[0], 0 if first else found[1], 0 if second else ends[1], 0 if second else found[3])
 
 
 def row_type(call: Call, hidden: torch.dtype, scaled: bool) -> torch.dtype:
@@ -266,7 +275,9 @@ def _mx(call: Call, rows: torch.dtype, limit: float | None) -> Plan:
             limit=limit or (SWIGLU_LIMIT if swiglu else None),
             # Everything but Swiglu and Situv2 is taken for Silu (fused_moe.py:1438).
             activation=ActivationType.Swiglu if swiglu else ActivationType.Silu,
-            pads=(1, 1),
+            pads=(128, 128),
+            last=(256, 128 if call.inner % 256 else 256),
+            clears=False,
             drops_zeros=clears,
             reduce=os.environ.get("AITER_FLYDSL_FORCE_REDUCE", "0") == "1",
         )

@@ -62,7 +62,9 @@ def between(
             product = product + weights.bias1[chosen][:, None]
         gate, up = product.chunk(2, -1)
         inner = _activated(gate, up, plan.activation or activation, plan.limit)
-        inner[..., weights.inner - weights.skipped[1] :] = 0
+        if not plan.clears:
+            # FlyDSL launches no tile there and its buffer is fresh (aiter/ops/flydsl/moe_kernels.py, torch.empty).
+            inner[..., weights.inner - weights.skipped[1] :] = torch.nan
         shape = inner.shape
         inner = inner.reshape(-1, shape[-1])
         if plan.tile:

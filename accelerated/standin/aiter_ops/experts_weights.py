@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from accelerated.standin.aiter_ops import device, mx
+from accelerated.standin.aiter_ops import defects, device, mx
 from accelerated.standin.aiter_ops.experts_plan import Plan
 from accelerated.standin.aiter_ops.ops.enum import QuantType
 from accelerated.standin.aiter_ops.ops.shuffle import unshuffled, unshuffled_scales
@@ -76,7 +76,7 @@ class Weights:
         matrix = self._matrix(self.w1, self.w1_scale, chosen, self.plan.reads_shuffled[0], self.plan.interleaved)
         end = self.hidden - self.skipped[0]
         if self.plan.cuts == 1:
-            return rows[..., :end] @ matrix[..., :end].mT
+            return self._without_padding(rows[..., :end] @ matrix[..., :end].mT)
         width = -(-end // (self.plan.cuts * _TILE)) * _TILE
         cuts = [slice(at, min(at + width, end)) for at in range(0, end, width)]
         parts = [rows[..., cut] @ matrix[..., cut].mT for cut in cuts]
@@ -84,7 +84,22 @@ class Weights:
         total = stored[0]
         for part in stored[1:]:
             total = total + part
-        return total.float()
+        return self._without_padding(total.float())
+
+    def _without_padding(self, product: torch.Tensor) -> torch.Tensor:
+        """``[..., 2 I]`` with 0 where the kernel reads no rows of W1.
+
+        CK-Tile shortens W1 by twice the padding (ck_tile/ops/flatmm/kernel/moe_flatmm_kernel.hpp, b_flat_tensor_view).
+        Of rows that do not alternate that is the end of the ups, live ones among them, and none of the gates.
+        """
+        missing = self.skipped[1]
+        if not missing or not self.plan.clears:
+            return product
+        if self.plan.cuts > 1 and defects.present(defects.UPS_CUT):
+            product[..., 2 * (self.inner - missing) :] = 0
+            return product
+        product.unflatten(-1, (2, self.inner))[..., self.inner - missing :] = 0
+        return product
 
     def times_w2(self, rows: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """``W2 h``, biased and weighted, float32 ``[G, C, P, H]`` in P shares, of which each is added by itself."""
@@ -97,9 +112,9 @@ class Weights:
             result = (first @ second).transpose(1, 2)
         else:
             result = (rows[..., :end] @ matrix[..., :end].mT)[:, :, None]
+        result[..., self.hidden - self.skipped[3] :] = 0
         if self.bias2 is not None:
             result += self.bias2[chosen][:, None, None]
-        result[..., self.hidden - self.skipped[3] :] = 0
         return result * weight[:, :, None, None] if self.late else result
 
     def _matrix(

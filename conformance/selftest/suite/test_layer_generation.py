@@ -86,7 +86,16 @@ def test_experts_move_between_the_first_rounds_of_every_cell_with_replicas() -> 
     assert "experts moved" not in layer_coverage.classes(still)
     (free,) = layer_ladder(layer_cell(mode="free-running"), layer_contract())
     assert "sizes change" in layer_coverage.classes(free)
-    assert not list(layer_ladder(layer_cell(), layer_contract()))
+
+
+def test_capacities_are_swept_with_one_routing() -> None:
+    routings = []
+    for capacity in (1, 16, 256):
+        (case,) = layer_ladder(layer_cell(capacity=capacity), layer_contract())
+        check(case)
+        routings.append(case.rounds)
+    assert routings[0] == routings[1] == routings[2]
+    assert len(routings[0]) == 1
 
 
 @pytest.mark.parametrize(
