@@ -174,12 +174,20 @@ def _routing(
         per_shard = cell.logical // cell.shards
         pool = [e for e in range(cell.logical) if e % per_shard or per_shard == 1]
         rows = tuple(tuple(pool[(t + slot) % len(pool)] for slot in range(cell.top_k)) for t in range(count))
-        return Explicit((rows,) if repeats else _without_repeats((rows,), cell.logical))
+        return _where_they_lie(cell, (rows,) if repeats else _without_repeats((rows,), cell.logical))
     palette = [tuple(ARCHETYPES[archetype](random, site)) for _ in range(min(count, _PALETTE))]
     if archetype == MASKED and palette:
         palette[0] = (-1, *palette[0][1:])
     found = (tuple(palette[t % len(palette)] for t in range(count)),)
-    return Explicit(found if repeats else _without_repeats(found, cell.logical))
+    return _where_they_lie(cell, found if repeats else _without_repeats(found, cell.logical))
+
+
+def _where_they_lie(cell: LayerCell, rows: Rows) -> Explicit:
+    """Rows that name experts by shard, then slot, as ids of experts that are placed round-robin, if they are."""
+    if cell.placement == "linear":
+        return Explicit(rows)
+    table = physical_to_global(cell.logical, cell.shards)
+    return Explicit(tuple(tuple(tuple(table[e] if e >= 0 else e for e in row) for row in t) for t in rows))
 
 
 def layer_ladder(cell: LayerCell, contract: LayerContract) -> Iterator[LayerCase]:

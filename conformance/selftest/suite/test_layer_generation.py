@@ -43,14 +43,16 @@ def check(case: LayerCase) -> None:
     assert decode(encode(case), "there") == case
 
 
-def test_the_ladder_hits_every_class_it_must() -> None:
-    cell, contract = experts_cell(), experts_contract()
+@pytest.mark.parametrize("placement", ["linear", "round_robin"])
+@pytest.mark.parametrize("duplicates", [True, False])
+def test_the_ladder_hits_every_class_it_must(placement: str, duplicates: bool) -> None:
+    cell, contract = experts_cell(placement=placement, top_k=2), experts_contract(takes_duplicates=duplicates)
     cases = list(ladder(cell, contract))
     for case in cases:
         check(case)
         assert takes(contract, case)
     hit = {name for case in cases for name in layer_coverage.classes(case)}
-    assert layer_coverage.required(cell, short=False, masked=True, quantised=True) <= hit
+    assert layer_coverage.required(cell, short=False, masked=True, quantised=True, duplicates=duplicates) <= hit
     assert {f"relation {name}" for name in RELATIONS} <= hit
 
 
