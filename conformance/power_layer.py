@@ -1,7 +1,9 @@
 """Negative controls of the layer: one token in a thousand is wrong, and which acceptance rules see it. A table.
 
 Scope: ``python -m conformance.power_layer [--tokens 1000 --hidden 256 --intermediate 128 --experts 64 --top-k 8
---ranks 8 --seed 0]``. A layer with one shared expert is computed by a legal implementation in an order of its own; for
+--ranks 8 --seed 0 --only schemes|paths --path-tokens 64 --path-hidden 512 ...]``. Two parts: schemes of narrow numerics
+beside the rules of other projects, then what AITER's adapter declares (:mod:`conformance.power_layer_paths`).
+In the first, a layer with one shared expert is computed by a legal implementation in an order of its own; for
 each control one token's row (two for a swap) is replaced by what the fault makes of it. Columns are this project's
 acceptance (error and bound of the element that is furthest outside), that of its dense oracle, and tolerances of other
 projects, given the exact result as their reference, quantised as the numerics declare.
@@ -11,6 +13,8 @@ Sources of the tolerances: vLLM 0.33.0 tests/kernels/moe/test_mori_moe.py (relat
 elements; 1e-1 for NVFP4, taken for MXFP4); AITER e4048607 op_tests/test_moe_2stage.py (logits_diff 0.01) and
 aiter/test_common.py checkAllclose (1e-2, 5 % of the elements may miss; it logs and returns: scored as if its log line
 raised).
+Exit status: 0 if nothing is missed; 3 if only paths are, that are wide, and they are named; 1 if a correct result is
+rejected or a control is missed that nothing excuses; 2 for wrong arguments.
 What the table does not prove: data and faults are synthetic, nothing ran on AMD hardware; absolute tolerances depend on
 the size of the outputs, which is printed.
 """
@@ -20,11 +24,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 
+from conformance import power_layer_paths as paths
 from conformance.power_layer_faults import CONTROLS, SCHEMES, Layer, Sizes, correct, draw
 from reference.expert_oracle import layer_expected
 from reference.experts import accepted
@@ -33,6 +38,9 @@ from reference.intervals import Interval
 from reference.sums import add_up
 
 OURS, ORACLE = "this project", "its oracle"
+#: Exit status if nothing is wrong but that paths are wide.
+WIDE = 3
+_PATH = "path_"
 
 
 def bound(layer: Layer) -> Interval:
@@ -211,27 +219,84 @@ def lines(table: Table) -> Iterator[str]:
         yield "| " + " | ".join([name, *cells]) + " |"
 
 
+def path_lines(verdicts: Sequence[paths.Verdict]) -> Iterator[str]:
+    """The declared paths as Markdown, then in words what is wide and what is wrong."""
+    names = ["path", "half-width / mean size", *paths.CONTROLS]
+    yield "| " + " | ".join(names) + " |"
+    yield "|---" * len(names) + "|"
+    for verdict in verdicts:
+        powers = [verdict.powers.get(weighting) for weighting in (paths.SPREAD, paths.SINGLE)]
+        cells = [" / ".join("-" if power is None else f"{power.width:.3f}" for power in powers)]
+        cells += [" / ".join(_share_caught(power, name) for power in powers) for name in paths.CONTROLS]
+        yield "| " + " | ".join([verdict.path.name, *cells]) + " |"
+    for verdict in verdicts:
+        if verdict.wide:
+            power = verdict.powers[paths.SPREAD]
+            without = "".join(f", {width:.2f} without {field}" for field, width in verdict.closed.items())
+            yield f"WIDE: {verdict.path.name}: {power.width:.2f} of the mean size{without}"
+            yield f"  misses under {paths.SPREAD}: {', '.join(power.missed)}"
+        for weighting, power in verdict.powers.items():
+            if power.rejected:
+                yield f"REJECTED: {verdict.path.name}: {power.rejected} correct tokens under {weighting}"
+        if verdict.powers[paths.SINGLE].missed:
+            yield f"MISSED: {verdict.path.name}: {', '.join(verdict.powers[paths.SINGLE].missed)} under {paths.SINGLE}"
+    wide = sum(verdict.wide for verdict in verdicts)
+    yield f"{wide} of {len(verdicts)} paths are wide: a slot is judged surely only where the others weigh nothing"
+
+
+def _share_caught(power: paths.Power | None, control: str) -> str:
+    """Rounded down, so that only all of them are 100%."""
+    if power is None or not power.changed[control]:
+        return "-"
+    return f"{100 * power.caught[control] // power.changed[control]}%"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Print a table for each scheme. Returns 1 if a control is missed or a correct result rejected, else 0."""
+    """Print a table for each scheme and one of the declared paths. Returns what the module says of the exit status."""
     parser = argparse.ArgumentParser(prog="python -m conformance.power_layer", description=__doc__.split("\n\n")[0])
-    for field in fields(Sizes):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    for prefix, defaults in (("", Sizes()), (_PATH, paths.SIZES)):
+        for field in fields(Sizes):
+            flag = f"--{prefix}{field.name}".replace("_", "-")
+            parser.add_argument(flag, type=int, default=getattr(defaults, field.name))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("schemes", "paths"))
     options = vars(parser.parse_args(arguments))
-    seed = options.pop("seed")
+    seed, only = options.pop("seed"), options.pop("only")
     try:
-        sizes = Sizes(**options)
+        sizes, of_paths = (
+            Sizes(**{field.name: options[prefix + field.name] for field in fields(Sizes)}) for prefix in ("", _PATH)
+        )
     except ValueError as error:
         parser.error(str(error))
     print("Data and faults are synthetic; no AMD hardware was tested.")
-    print(", ".join(f"{name} {value}" for name, value in options.items()) + f", seed {seed}")
+    perfect = only == "paths" or _print_schemes(sizes, seed)
+    verdicts = [] if only == "schemes" else _print_paths(of_paths, seed)
+    if not perfect or not all(verdict.sound for verdict in verdicts):
+        return 1
+    return WIDE if any(verdict.wide for verdict in verdicts) else 0
+
+
+def _print_schemes(sizes: Sizes, seed: int) -> bool:
+    print(f"{_described(sizes)}, seed {seed}")
     perfect = True
     for scheme in SCHEMES:
         table = measure(scheme, sizes, seed)
         note = f"outputs have a root mean square of {table.size:.2f}; {table.seconds:.0f} s"
         print("", *lines(table), note, sep="\n")
         perfect &= table.perfect
-    return 0 if perfect else 1
+    return perfect
+
+
+def _print_paths(sizes: Sizes, seed: int) -> list[paths.Verdict]:
+    verdicts = [paths.judge(path, sizes, seed) for path in paths.declared(sizes)]
+    what = f"share of tokens caught, {paths.SPREAD} / {paths.SINGLE}; - where a control changes nothing"
+    print("", f"Paths that AITER's adapter declares: {what}; {_described(sizes)}, seed {seed}", "", sep="\n")
+    print(*path_lines(verdicts), sep="\n")
+    return verdicts
+
+
+def _described(sizes: Sizes) -> str:
+    return ", ".join(f"{field.name} {getattr(sizes, field.name)}" for field in fields(sizes))
 
 
 if __name__ == "__main__":

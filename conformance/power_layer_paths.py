@@ -5,8 +5,8 @@ of rows (:func:`accelerated.aiter_ops.experts_contract.contract`). A layer's dat
 weights positive and of similar size ("spread"), and with all but one of each token zero ("single"), so that one expert
 is judged by itself. Every token is one trial: it alone is wrong, and its row is judged alone. A path is *wide* if under
 "spread" a control is missed on any token; a slot of small weight then hides in the hull of the others.
-What this does not prove: matrices are the suite's, synthetic; :func:`reference.experts.forward` stands for the library;
-hulls grow with the intermediate, and so does what is missed.
+What this does not prove: anything about hardware or a library, for which :func:`reference.experts.forward` stands;
+matrices are synthetic, and hulls grow with the intermediate, and so does what is missed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -65,7 +66,7 @@ class Path:
     @property
     def name(self) -> str:
         """For tables and lists."""
-        return f"{self.arch} {self.operator}, {self.rows} rows"
+        return f"{self.arch} {self.operator}, {self.rows}"
 
 
 def declared(sizes: Sizes = SIZES) -> list[Path]:
@@ -93,7 +94,7 @@ def _paths(operator: str, arch: str, sizes: Sizes) -> Iterator[Path]:
     edges = {side for edge in promised.boundaries for side in (edge, edge + 1)}
     counts = sorted({*_ROWS, *edges})
     starts = [1]
-    for before, count in zip(counts, counts[1:], strict=False):
+    for before, count in pairwise(counts):
         if promised.numerics(before) != promised.numerics(count):
             if before not in promised.boundaries:
                 raise ValueError(
@@ -101,7 +102,8 @@ def _paths(operator: str, arch: str, sizes: Sizes) -> Iterator[Path]:
                 )
             starts.append(count)
     for start, following in zip(starts, [*starts[1:], 0], strict=True):
-        rows = f"{start}-{following - 1}" if following else f"from {start}" if start > 1 else "any"
+        rows = f"{start}-{following - 1} rows" if following else f"{start} rows on" if start > 1 else "any rows"
+        rows = "1 row" if following == 2 else rows
         yield Path(arch, operator, rows, promised.numerics(start), promised.biased, top_k)
 
 
@@ -124,6 +126,17 @@ class Terms:
     def on(self, rank: int) -> torch.Tensor:
         """Ids ``[T, n]`` of one rank, -1 elsewhere."""
         return torch.where(self.rank == rank, self.expert, -1)
+
+    def differ(self, other: Terms, sizes: Sizes) -> torch.Tensor:
+        """``[T]``: whether the two add up other things, terms of weight zero left out; bits may differ by order."""
+        return (self.rows != other.rows).any(1) | (self._summed(sizes) != other._summed(sizes)).any(1)
+
+    def _summed(self, sizes: Sizes) -> torch.Tensor:
+        """Weights by rank and expert, ``[T, ranks * 3 E]``."""
+        place = self.rank * (3 * sizes.experts) + self.expert
+        weight = torch.where(self.rank < 0, 0.0, self.weight)
+        total = torch.zeros(self.rows.shape[0], sizes.ranks * 3 * sizes.experts)
+        return total.scatter_add(1, torch.where(self.rank < 0, 0, place), weight)
 
 
 @dataclass(frozen=True)
@@ -219,9 +232,9 @@ def _matrices(codec: Codec | None, biased: bool, experts: int, hidden: int, inte
     def halves(tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat(tensor.chunk(2, 1)[::-1], 1)
 
-    w1, s1, s2, b1, b2 = right.w1, right.w1_scales, right.w2_scales, right.bias1, right.bias2
+    s1, s2, b1, b2 = right.w1_scales, right.w2_scales, right.bias1, right.bias2
     weights = ExpertWeights(
-        stacked(w1, w1, halves(w1)),
+        stacked(right.w1, right.w1, halves(right.w1)),
         stacked(right.w2, scaled, right.w2),
         codec,
         None if s1 is None else stacked(s1, s1, halves(s1)),
@@ -232,14 +245,14 @@ def _matrices(codec: Codec | None, biased: bool, experts: int, hidden: int, inte
     return Dense(weights, keep=True)
 
 
-# Negative controls: what a fault makes of every token, each for itself
+# Negative controls: what a fault adds up instead, for every token by itself
 
-Control = Callable[[Trial, torch.Tensor], torch.Tensor]
+Control = Callable[[Trial], Terms]
 
 
 def _with(**changes: Callable[[Trial], torch.Tensor]) -> Control:
     """Terms of which some fields are others."""
-    return lambda trial, _: trial.execute(replace(trial.terms, **{name: of(trial) for name, of in changes.items()}))
+    return lambda trial: replace(trial.terms, **{name: of(trial) for name, of in changes.items()})
 
 
 def _local_only(trial: Trial) -> torch.Tensor:
@@ -267,7 +280,13 @@ def _next_expert(trial: Trial) -> torch.Tensor:
     return trial.instead(wrong)
 
 
-def _mask_as_map(trial: Trial, _: torch.Tensor) -> torch.Tensor:
+def _swapped(trial: Trial) -> Terms:
+    """Every token gets the result of the next one."""
+    own = trial.terms
+    return Terms(*(field.roll(-1, 0) for field in (own.rows, own.rank, own.expert, own.weight)))
+
+
+def _mask_as_map(trial: Trial) -> Terms:
     """Each rank that gets the token takes the mask's 1 for slot 1 and its 0, which hides remote ids, for slot 0."""
     terms, per_rank, ranks, experts = trial.terms, trial.sizes.experts // trial.sizes.ranks, [], []
     for rank in range(trial.sizes.ranks):
@@ -275,15 +294,15 @@ def _mask_as_map(trial: Trial, _: torch.Tensor) -> torch.Tensor:
         ranks.append(torch.where(own.any(1, keepdim=True), rank, -1).expand_as(own))
         experts.append(rank * per_rank + own.long())
     weight = terms.weight.repeat(1, trial.sizes.ranks)
-    return trial.execute(Terms(terms.rows, torch.cat(ranks, 1), torch.cat(experts, 1), weight))
+    return Terms(terms.rows, torch.cat(ranks, 1), torch.cat(experts, 1), weight)
 
 
 CONTROLS: dict[str, Control] = {
-    "zeros": lambda _, output: torch.zeros_like(output),
+    "zeros": _with(rank=lambda trial: torch.full_like(trial.terms.rank, -1)),
     "local only": _with(rank=_local_only),
     "one of k dropped": _with(rank=_without(lambda trial: trial.place)),
     "least dropped": _with(rank=_without(_least)),
-    "tokens swapped": lambda _, output: output.roll(-1, 0),
+    "tokens swapped": _swapped,
     "weights one": _with(weight=lambda trial: torch.ones_like(trial.terms.weight)),
     "W2 doubled": _with(expert=lambda trial: trial.instead(trial.at_place() + trial.sizes.experts)),
     "previous round": _with(rows=lambda trial: trial.before),
@@ -299,13 +318,13 @@ class Power:
 
     Attributes:
         width: half the width of the interval over the mean size of the exact result, on average.
-        correct: the largest error over bound of a legal execution.
+        rejected: tokens of a legal execution that are not accepted.
         caught: by control, on how many of the tokens that it changes.
         changed: by control.
     """
 
     width: float
-    correct: float
+    rejected: int
     caught: dict[str, int]
     changed: dict[str, int]
 
@@ -318,15 +337,49 @@ class Power:
 def measure(path: Path, weighting: str, sizes: Sizes = SIZES, seed: int = 0) -> Power:
     """Judge a legal execution, and every control on every token that it changes."""
     trial = draw(path, weighting, sizes, seed)
-    output, limits = trial.execute(trial.terms), trial.bound()
+    limits = trial.bound()
+
+    def outside(terms: Terms) -> torch.Tensor:
+        return (limits.error_over_bound(trial.execute(terms)) > 1).any(1)
+
     caught, changed = {}, {}
     for name, control in CONTROLS.items():
-        result = control(trial, output)
-        differs = (result != output).any(1)
-        outside = (limits.error_over_bound(result) > 1).any(1)
-        changed[name], caught[name] = int(differs.sum()), int((outside & differs).sum())
-    correct = float(limits.error_over_bound(output).max())
-    return Power(_width(limits), correct, caught, changed)
+        terms = control(trial)
+        differs = terms.differ(trial.terms, sizes)
+        changed[name], caught[name] = int(differs.sum()), int((outside(terms) & differs).sum())
+    return Power(_width(limits), int(outside(trial.terms).sum()), caught, changed)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of one path.
+
+    Attributes:
+        path: of the adapter.
+        powers: by weighting; an operator of one slot has "single" alone.
+        closed: :func:`closed` under "spread", of a wide path.
+    """
+
+    path: Path
+    powers: dict[str, Power]
+    closed: dict[str, float]
+
+    @property
+    def wide(self) -> bool:
+        """A control is missed under "spread"."""
+        return SPREAD in self.powers and bool(self.powers[SPREAD].missed)
+
+    @property
+    def sound(self) -> bool:
+        """No correct result is rejected, and under "single" no control is missed."""
+        return not self.powers[SINGLE].missed and all(power.rejected == 0 for power in self.powers.values())
+
+
+def judge(path: Path, sizes: Sizes = SIZES, seed: int = 0) -> Verdict:
+    """Both weightings of one path, and if it is wide, which field makes it so."""
+    weightings = (SPREAD, SINGLE) if path.top_k > 1 else (SINGLE,)
+    found = Verdict(path, {weighting: measure(path, weighting, sizes, seed) for weighting in weightings}, {})
+    return replace(found, closed=closed(path, SPREAD, sizes, seed)) if found.wide else found
 
 
 def _width(limits: Interval) -> float:
@@ -334,7 +387,7 @@ def _width(limits: Interval) -> float:
 
 
 def closed(path: Path, weighting: str, sizes: Sizes = SIZES, seed: int = 0) -> dict[str, float]:
-    """Half-width over mean size if one field that leaves a choice open were closed, by field."""
+    """Half-width over mean size if one field that leaves a choice open were closed; by each that does."""
     numerics = path.numerics
     narrower = {
         "inner_parts": replace(numerics, inner_parts=1),
@@ -343,8 +396,5 @@ def closed(path: Path, weighting: str, sizes: Sizes = SIZES, seed: int = 0) -> d
         "store_ulps": replace(numerics, store_ulps=0.5),
     }
     trial = draw(path, weighting, sizes, seed)
-    found = {}
-    for name, other in narrower.items():
-        if other != numerics:
-            found[name] = _width(replace(trial, numerics=other).bound())
-    return found
+    open_ones = {name: replace(trial, numerics=other) for name, other in narrower.items() if other != numerics}
+    return {name: _width(other.bound()) for name, other in open_ones.items()}

@@ -134,11 +134,15 @@ def _folded(case: Case, keep: range, nodes: int) -> Case:
     old = cell.experts // cell.world_size
     new = max(old, -(-cell.top_k // width))  # enough experts for every slot
     fold = {-1: -1}
+    gone = [rank for rank in range(cell.world_size) if rank not in keep]
     for expert in range(cell.experts):
         rank, slot = divmod(expert, old)
+        if rank in keep:
+            fold[expert] = keep.index(rank) * new + slot
+            continue
         # Where there is room, experts of ranks that go stay apart from those they come to.
-        moved = slot if rank in keep else (slot + old * (1 + rank // width)) % new
-        fold[expert] = (keep.index(rank) if rank in keep else rank % width) * new + moved
+        before = sum(other % width == rank % width for other in gone[: gone.index(rank)])
+        fold[expert] = rank % width * new + (slot + old * (1 + before)) % new
     rounds = []
     for a_round in case.rounds:
         rows = rows_of(a_round)

@@ -86,7 +86,8 @@ _FAULTS = (
         "the row count is that of the first local expert",
         "vllm#53261",
         _BF16,
-        _alone((1,)),
+        _alone((0,)),
+        {"shards": 2},
         settings={"counted": True},
     ),
     LayerFault(
