@@ -1,8 +1,8 @@
 """Weights of experts, masks and ids as AITER's fused experts take them.
 
 Scope: AITER e4048607, aiter/fused_moe.py:458-797 and aiter/ops/shuffle.py; vLLM 0.33.0's mask, columns of shared
-experts and padding with zeros. The library shuffles its own weights: a permutation of ours would follow it nowhere. What a round trip through
-here does not prove: that a kernel reads the layout in the same way.
+experts and padding with zeros. The library shuffles its own weights: a permutation of ours would follow it nowhere.
+What a round trip through here does not prove: that a kernel reads the layout in the same way.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def padded(weights: ExpertWeights, hidden: int, inner: int) -> ExpertWeights:
     assert codec is not None
     if any(size % codec.group for size in (old_hidden, old_inner, hidden, inner)):
         raise ValueError(
-            f"{old_hidden} x {old_inner} padded to {hidden} x {inner}; a scale is shared by {codec.group} columns, give "
-            "multiples of it"
+            f"{old_hidden} x {old_inner} padded to {hidden} x {inner}; {codec.group} columns share a scale, give "
+            "multiples of them"
         )
     scaled = (hidden // codec.group, inner // codec.group)
     return ExpertWeights(
@@ -126,7 +126,9 @@ def _grown(tensor: torch.Tensor, rows: int, columns: int, value: float = 0.0) ->
 
 def _halves(tensor: torch.Tensor, inner: int, columns: int, value: float = 0.0) -> torch.Tensor:
     """``[n, 2 inner, columns]``, gates and ups padded apart."""
-    return _grown(tensor.unflatten(1, (2, -1)), inner, columns, value).flatten(1, 2)
+    return _grown(
+        tensor.reshape(tensor.shape[0], 2, tensor.shape[1] // 2, tensor.shape[2]), inner, columns, value
+    ).flatten(1, 2)
 
 
 def _elements(stored: torch.Tensor, weights: ExpertWeights, dtypes: Any) -> torch.Tensor:

@@ -78,6 +78,9 @@ class AiterExperts:
             raise ValueError(f"{self._name}: weights are stored as {weights.codec}; the contract says how")
         if weights.experts != len(owned):
             raise ValueError(f"{self._name}: weights of {weights.experts} experts for {len(owned)} ids")
+        sizes = (self._problem.hidden, self._problem.intermediate)
+        if tuple(weights.w2.shape[1:]) != sizes:
+            raise ValueError(f"{self._name}: W2 is {list(weights.w2.shape[1:])}; the problem has {list(sizes)}")
         mask = expert_layout.expert_mask(owned, self._experts, weights.w1.device)
         if not masked(self._problem) and len(owned) != self._experts:
             raise ValueError(

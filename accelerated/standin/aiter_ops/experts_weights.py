@@ -98,7 +98,7 @@ class Weights:
         if self.plan.cuts > 1 and defects.present(defects.UPS_CUT):
             product[..., 2 * (self.inner - missing) :] = 0
             return product
-        product.unflatten(-1, (2, self.inner))[..., self.inner - missing :] = 0
+        product.view(*product.shape[:-1], 2, self.inner)[..., self.inner - missing :] = 0
         return product
 
     def times_w2(self, rows: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

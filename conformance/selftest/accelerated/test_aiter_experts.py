@@ -139,14 +139,17 @@ def test_every_argument(name: str, kind: str, activation: str, early: bool, limi
     assert given["topk_weight"].dtype == torch.float32
     assert given["w1"].is_shuffled
     assert given["w2"].is_shuffled
+    whole = expert_layout.padded(local, H, 2 * INNER) if activation == "Swiglu" else local
     for bias in ("bias1", "bias2"):
-        wanted = getattr(local, bias)
+        wanted = getattr(whole, bias)
         assert given[bias] is None if wanted is None else torch.equal(given[bias], wanted)
+    # CK-Tile takes 256 columns of the intermediate at a time.
+    assert (given["hidden_pad"], given["intermediate_pad"]) == (0, 128 if activation == "Swiglu" else 0)
     # Everything else is left to the library.
     assert set(given) <= {
         "hidden_states", "w1", "w2", "topk_weight", "topk_ids", "expert_mask", "activation", "quant_type",
         "doweight_stage1", "w1_scale", "w2_scale", "a1_scale", "num_local_tokens", "dtype", "bias1", "bias2",
-        "swiglu_limit", "gate_mode",
+        "swiglu_limit", "gate_mode", "hidden_pad", "intermediate_pad",
     }  # fmt: skip
 
 

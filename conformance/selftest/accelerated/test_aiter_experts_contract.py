@@ -68,8 +68,8 @@ def test_standing(operator: str, arch: str) -> None:
         ("fused_moe.fp8_token", "gfx950", {"intermediate": 832, "dtype": "float16"}, "without a one-stage kernel"),
         ("fused_moe.fp8_block", "gfx950", {"hidden": 2176}, "multiples of 256"),
         ("fused_moe.fp8_block", "gfx950", {"intermediate": 832}, "multiples of 128"),
-        ("fused_moe.mxfp4", "gfx950", {"hidden": 2880}, "multiples of 256"),
-        ("fused_moe.mxfp4", "gfx950", {"intermediate": 2880}, "multiples of 128"),
+        ("fused_moe.mxfp4", "gfx950", {"hidden": 2872}, "multiples of 32"),
+        ("fused_moe.mxfp4_swiglu", "gfx950", {"intermediate": 360}, "multiples of 32"),
         ("fused_moe.mxfp4_swiglu", "gfx950", {"dtype": "float16"}, "leaves the output zero"),
         ("fused_moe.fp8_token_stage1", "gfx950", {"top_k": 2}, "one expert per token"),
         ("fused_moe.fp8_token_stage1", "gfx950", {"shared": 1}, "one expert per token"),
@@ -92,6 +92,8 @@ def test_refusals(operator: str, arch: str, sizes: dict[str, Any], reason: str) 
         ("fused_moe.fp8_token", {"hidden": 2176}, "multiples of 256"),
         ("fused_moe.fp8_token", {"intermediate": 576}, "intermediate of 128"),
         ("fused_moe.mxfp4", {"intermediate": 640}, "without FlyDSL"),
+        ("fused_moe.mxfp4", {"hidden": 2880}, "padded to 3072 x 768"),
+        ("fused_moe.mxfp4", {"intermediate": 2880}, "padded to 2048 x 2944"),
         ("fused_moe.mxfp4_swiglu", {}, "biases under a mask"),
     ],
 )
@@ -185,6 +187,8 @@ def test_gpt_oss_has_bf16_rows_below_256() -> None:
     assert (many.gemm1_store, many.late_bias, many.limit, many.store_ulps) == (None, False, 7.0, 0.5)
     assert many.input_codec is not None
     assert many.input_codec == many.intermediate_codec
+    # 2880 is padded to twelve times 256.
+    assert choice("fused_moe.mxfp4_swiglu", "gfx950", shards=1, hidden=2880, experts=128)(1).gemm1_parts == 12
     assert 255 in contract(problem("fused_moe.mxfp4_swiglu"), "fused_moe.mxfp4_swiglu", "gfx950").boundaries
 
 

@@ -45,12 +45,15 @@ class Shard:
     contract: ExpertContract
     local: ExpertWeights
     slot_of: torch.Tensor
+    hidden: int = H
 
 
-def shards(name: str, arch: str, count: int, *, shared: int = 0, capacity: int = 300) -> list[Shard]:
+def shards(
+    name: str, arch: str, count: int, *, shared: int = 0, capacity: int = 300, sizes: tuple[int, int] = (H, INNER)
+) -> list[Shard]:
     """Every rank's experts."""
     k = 1 if "stage1" in name else 2
-    problem = ExpertProblem(count, H, INNER, E, k, capacity, shared=shared)
+    problem = ExpertProblem(count, *sizes, E, k, capacity, shared=shared)
     library = backend.aiter_standin(arch)
     assert library.support(problem, name).standing is not Standing.REFUSED
     declared = library.contract(problem, name)
@@ -61,8 +64,8 @@ def shards(name: str, arch: str, count: int, *, shared: int = 0, capacity: int =
         owned = [*range(rank * E // count, (rank + 1) * E // count), *range(E, E + shared)]
         local = weights_of(
             owned,
-            hidden=H,
-            intermediate=INNER,
+            hidden=sizes[0],
+            intermediate=sizes[1],
             codec=declared.weight_codec,
             dtype=torch.bfloat16,
             biased=declared.biased,
@@ -72,7 +75,7 @@ def shards(name: str, arch: str, count: int, *, shared: int = 0, capacity: int =
         slot_of[owned] = torch.arange(len(owned))
         operation = cast("ExpertOperation", session.build(problem, name))
         operation.load(local, owned)
-        made.append(Shard(operation, declared, local, slot_of))
+        made.append(Shard(operation, declared, local, slot_of, sizes[0]))
     return made
 
 
@@ -84,12 +87,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
-def inputs(rows: int, k: int, *, masked: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(rows: int, k: int, *, masked: bool, hidden: int = H) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(rows)
     ids = torch.rand(rows, E, generator=generator).argsort(1)[:, :k].int()
     if masked and rows > 3:
         ids[1], ids[2, -1], ids[3] = -1, -1, 77
-    x = torch.randn(rows, H, generator=generator)
+    x = torch.randn(rows, hidden, generator=generator)
     x[rows // 2] = 0
     return x.bfloat16(), ids, torch.randn(rows, k, generator=generator)
 
@@ -104,9 +107,9 @@ def decoded(codes: torch.Tensor, scales: torch.Tensor, wire: Codec) -> torch.Ten
 def worst(shard: Shard, rows: int, *, tail: int, quantised: bool, masked: bool) -> float:
     """Largest error over bound of the valid rows; what lies behind them is poison."""
     k = 2 if shard.contract.takes_num_rows else 1
-    x, ids, weights = inputs(rows, k, masked=masked)
+    x, ids, weights = inputs(rows, k, masked=masked, hidden=shard.hidden)
     number = torch.tensor([rows], dtype=torch.int32) if tail else None
-    given = torch.cat([x, torch.full((tail, H), torch.nan, dtype=x.dtype)])
+    given = torch.cat([x, torch.full((tail, shard.hidden), torch.nan, dtype=x.dtype)])
     wide = torch.cat([ids, torch.randint(-(1 << 31), 1 << 31, (tail, k)).int()])
     heavy = torch.cat([weights, torch.full((tail, k), torch.nan)])
     values, scales = x.double(), None
@@ -116,7 +119,7 @@ def worst(shard: Shard, rows: int, *, tail: int, quantised: bool, masked: bool) 
         assert shard.contract.wire is not None
         values = decoded(given, scales, shard.contract.wire)[:rows]
     result = shard.operation.experts(given, wide, heavy, scales=scales, num_rows=number)
-    assert tuple(result.shape) == (rows + tail, H)
+    assert tuple(result.shape) == (rows + tail, shard.hidden)
     legal = accepted(
         Interval.exact(values),
         ids,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from accelerated.standin.aiter_ops import experts_plan, fused_moe
+from accelerated.standin.aiter_ops import defects, experts_plan, fused_moe
 from accelerated.standin.aiter_ops.jit.utils import chip_info
 from accelerated.standin.aiter_ops.ops import shuffle
 from accelerated.standin.aiter_ops.ops.enum import ActivationType, QuantType
@@ -213,9 +213,45 @@ def test_padding_columns_are_neither_read_nor_written() -> None:
     wanted = mxfp4(case, activation=ActivationType.Swiglu, intermediate_pad=64)
     wanted[:, -128:] = 0
     assert torch.equal(found, wanted)
-    plan = experts_plan.Plan("flydsl", pads=(1, 1))
-    assert experts_plan.skipped(plan, (100, 60), (True, False)) == (0, 0, 60, 100)
     assert experts_plan.skipped(experts_plan.Plan("ck_2stages"), (128, 64), (False, False)) == (0, 0, 0, 0)
+
+
+def test_flydsl_leaves_out_whole_tiles_of_padding_where_there_is_no_bias() -> None:
+    """128 at a time; of H what the last tile of 256 has, of the intermediate one tile; the rest is fresh memory."""
+    plan = experts_plan.Plan("flydsl", pads=(128, 128), last=(256, 256), clears=False)
+    for pads, wanted in {
+        (192, 128): (128, 128, 128, 128),
+        (300, 500): (0, 384, 256, 256),
+        (127, 64): (0, 0, 0, 0),
+    }.items():
+        assert experts_plan.skipped(plan, pads, (False, False)) == wanted
+        assert experts_plan.skipped(plan, pads, (True, False)) == (0, 0, *wanted[2:])
+        assert experts_plan.skipped(plan, pads, (False, True)) == (*wanted[:2], 0, 0)
+    case, garbage = layer(6, inner=256), layer(6, inner=256)
+    for dead in (slice(128, 256), slice(384, 512)):
+        case.w1[:, dead], garbage.w1[:, dead] = 0, torch.inf
+    case.w2[:, :, 128:] = 0
+    found = mxfp4(garbage, intermediate_pad=128)
+    assert torch.equal(found, mxfp4(case, intermediate_pad=128))
+    assert torch.equal(found, mxfp4(case))
+    # Less than a tile is read, and so is what no tile wrote: two tiles of padding, one left out.
+    garbage = layer(6, inner=256)
+    garbage.w1[:, 192:256] = torch.inf
+    assert mxfp4(garbage, intermediate_pad=64).isnan().any()
+    assert mxfp4(layer(6, inner=640), intermediate_pad=256).isnan().any()
+
+
+def test_ck_tile_leaves_out_padding_before_the_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, bias = layer(6), torch.full((E, 2 * INNER), 0.5)
+    for dead in (slice(64, 128), slice(192, 256)):
+        case.w1[:, dead] = 0
+    call = partial(mxfp4, activation=ActivationType.Swiglu, bias1=bias)
+    assert torch.equal(call(case, intermediate_pad=64), call(case))
+    # A quarter of W1's rows, cut off at its end: 64 ups that are none of the padding.
+    monkeypatch.setenv(defects.VARIABLE, defects.UPS_CUT)
+    found = call(case, intermediate_pad=64)
+    case.w1[:, 128:192] = 0
+    assert torch.equal(found, call(case))
 
 
 @pytest.mark.parametrize("scheme", CALLS)
