@@ -150,7 +150,7 @@ def stored(
 
 
 def _own(weights: torch.Tensor) -> torch.Tensor:
-    """A copy whose last stride is 1 whatever the shape: a tensor of one column or row may be contiguous with another."""
+    """A copy whose last stride is 1 whatever the shape: with one row or column a contiguous tensor may have another."""
     return weights.clone(memory_format=torch.contiguous_format)
 
 
