@@ -104,7 +104,7 @@ def fused_moe(
     assert w1.shape[1] in (inner, 2 * inner), f"w1 {list(w1.shape)} has neither I nor 2 I rows, I = {inner}"
     if w1.shape[1] == inner:
         raise NotImplementedError("the double has experts with gate and up only")
-    dtype = hidden_states.dtype if dtype is None else dtype
+    dtype = dtype or hidden_states.dtype
     assert dtype in (dtypes.fp16, dtypes.bf16), f"the result is bfloat16 or float16, not {dtype}; give dtype"
     if quant_type == QuantType.per_128x128:
         quant_type = QuantType.per_1x128

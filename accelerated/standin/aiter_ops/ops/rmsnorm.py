@@ -30,9 +30,9 @@ def fused_add_rms_norm_cu(input: torch.Tensor, residual_in: torch.Tensor, weight
 def rms_norm(
     input: torch.Tensor, weight: torch.Tensor, epsilon: float, use_model_sensitive_rmsnorm: int = 0
 ) -> torch.Tensor:
-    """A new tensor, by the HIP kernel where it can (see :func:`_use_hip_common`)."""
+    """A new tensor, by the HIP kernel where it can (see :func:`_hip_kernel_takes`)."""
     out = device.empty_like(input)
-    if _use_hip_common(input, use_model_sensitive_rmsnorm):
+    if _hip_kernel_takes(input, use_model_sensitive_rmsnorm):
         _hip(out, input, None, None, weight, epsilon)
     else:
         _opus(out, input, None, None, weight, epsilon, use_model_sensitive_rmsnorm)
@@ -57,7 +57,7 @@ def rmsnorm2d_fwd_with_add(
     use_model_sensitive_rmsnorm: int = 0,
 ) -> None:
     """``residual_out = input + residual_in``, ``out`` its norm."""
-    if _use_hip_common(input, use_model_sensitive_rmsnorm):
+    if _hip_kernel_takes(input, use_model_sensitive_rmsnorm):
         _hip(out, input, residual_in, residual_out, weight, epsilon, gemma_norm)
     else:
         _opus(out, input, residual_in, residual_out, weight, epsilon, use_model_sensitive_rmsnorm, gemma_norm)
@@ -104,7 +104,7 @@ def rmsnorm2d_fwd_with_add_dynamicquant(
     )
 
 
-def _use_hip_common(input: torch.Tensor, use_model_sensitive_rmsnorm: int) -> bool:
+def _hip_kernel_takes(input: torch.Tensor, use_model_sensitive_rmsnorm: int) -> bool:
     """Whether the HIP kernel takes the call (rmsnorm.py:388-398)."""
     return (
         use_model_sensitive_rmsnorm == 0 and input.dim() == 2 and input.element_size() == 2 and input.shape[-1] <= 8192
@@ -205,7 +205,7 @@ def _quantised(
     shuffle: bool,
 ) -> None:
     largest = device.largest(out.dtype)
-    if group == 0 and not shuffle and not _use_hip_common(input, model_sensitive):
+    if group == 0 and not shuffle and not _hip_kernel_takes(input, model_sensitive):
         normed = _opus_norm(input, residual_in, residual_out, weight, epsilon, model_sensitive != 0, False)
         scale = device.flush(normed.abs().amax(-1, keepdim=True) / torch.tensor(largest, device=input.device))
         inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
