@@ -160,7 +160,7 @@ def _operator(
     world_size: int,
     slots: Sequence[RowSlot],
 ) -> Iterator[PlannedCell | Unsupported]:
-    planned, refused = 0, {}
+    planned, refused, full = 0, {}, False
     for slot in slots:
         if slot.family is not family:
             continue
@@ -182,8 +182,10 @@ def _operator(
             slot.check, name, operator, family, world_size, slot.hidden, slot.capacity, slot.dtype, slot.mode
         )
         examples = slot.examples.get(world_size, min(slot.examples.values()))
-        # What a kind of row does to a sum over ranks it does to one over two.
-        short = slot.short or world_size > 2
+        # Every operator has one cell with every kind of row, where its own line is another number of ranks' turn, too.
+        # Eight addends show what four do; two have one sum only.
+        short = world_size > 4 or (slot.short and (full or slot.check == "compiled"))
+        full |= not short
         yield PlannedCell(cell, examples, support.standing is Standing.CLAIMED, companion, short)
     if refused and not planned:
         yield Unsupported(name, operator, world_size, 1, next(iter(refused.values())))
