@@ -62,8 +62,8 @@ class Slot:
 
 
 GATE = (
-    Slot("round_trip", PAIRS, "drained", {1: 12, 2: 44, 4: 30, 8: 18}),
-    Slot("round_trip", ODD, "drained", {1: 6, 2: 30, 4: 18, 8: 10}),
+    Slot("round_trip", PAIRS, "drained", {1: 12, 2: 36, 4: 24, 8: 14}),
+    Slot("round_trip", ODD, "drained", {1: 6, 2: 24, 4: 15, 8: 9}),
     Slot("round_trip", WIDE, "drained", {1: 4, 2: 18, 4: 12, 8: 6}),
     Slot("round_trip", SINGLE, "drained", {1: 4, 2: 16, 4: 10, 8: 6}),
     Slot("round_trip", BULK, "drained", {1: 2, 2: 6, 4: 5, 8: 3}),

@@ -1,7 +1,8 @@
 """Cells of row operators: sizes on both sides of what kernels treat differently, and their budgets.
 
-Every cell begins with its ladder; the budgets here are of drawn cases beyond it. The longest ladder of an AllReduce +
-norm, over every limit of its paths, runs at one number of ranks per operator; explore and ``--operator`` run it at all.
+Every cell begins with its ladder; the budgets here are of drawn cases beyond it. The long ladders of an AllReduce +
+norm, over every limit of its paths, and its free-running cells are at one number of ranks per operator; explore and
+``--operator`` run them at all.
 What the plan does not contain: more than one node, and rows of real models beyond the hidden sizes below (production
 sizes run on a GPU).
 """
@@ -62,8 +63,8 @@ GATE = (
     RowSlot("norm", _N, 512, 130, {1: 4}, mode="free-running", short=True),
     RowSlot("allreduce_norm", _A, 512, 1024, {2: 6, 4: 4, 8: 3}, in_turn=True),
     RowSlot("allreduce_norm", _A, 384, 64, {2: 10, 4: 8, 8: 6}, short=True),
-    RowSlot("allreduce_norm", _A, 4096, 40, {2: 5, 4: 4, 8: 2}, short=True),
-    RowSlot("allreduce_norm", _A, 512, 128, {2: 6, 4: 4, 8: 3}, mode="free-running", short=True),
+    RowSlot("allreduce_norm", _A, 4096, 40, {2: 4, 4: 3, 8: 2}, short=True, in_turn=True),
+    RowSlot("allreduce_norm", _A, 512, 128, {2: 4, 4: 3, 8: 3}, mode="free-running", short=True, in_turn=True),
     RowSlot("compiled", _N, 256, 9, {1: 2}, short=True),
     RowSlot("compiled", _A, 512, 9, {2: 2}, short=True),
     *_ROUTES,
@@ -146,8 +147,16 @@ def row_cells(
             if operators and not companion and not sizes:
                 yield Unsupported(name, operator, max(ep_sizes), 1, "it reduces over ranks; give --ep-sizes 2 or more")
             for world_size in sizes:
-                mine = bool(operators) or tier == "explore" or world_size == sizes[number % len(sizes)]
-                here = [slot for slot in slots if mine or not slot.in_turn]
+                turns = [slot for slot in slots if slot.in_turn]
+                here = [
+                    slot
+                    for slot in slots
+                    if slot not in turns
+                    or operators
+                    or tier == "explore"
+                    # Each line of an operator has another number of ranks.
+                    or world_size == sizes[(number + turns.index(slot)) % len(sizes)]
+                ]
                 yield from _operator(name, backend, companion, family, operator, world_size, here)
 
 
