@@ -44,7 +44,7 @@ class ExpertSlot:
 
 #: Two shards and every switch of path; a ragged number of experts over three; one slot; scattered experts, shared ones.
 EXPERTS = (
-    ExpertSlot(256, 128, 8, 4, 257, 10, shards=2),
+    ExpertSlot(256, 128, 8, 4, 257, 6, shards=2),
     ExpertSlot(512, 256, 6, 3, 33, 4, shards=3, short=True),
     ExpertSlot(256, 128, 4, 1, 33, 3, shards=2),
     ExpertSlot(256, 128, 8, 2, 17, 4, shards=2, placement="round_robin"),
@@ -179,6 +179,8 @@ def layer_cells(
             continue
         able = [size for size in wide if _runs(backend, path, size)]
         for world_size in ep_sizes:
+            if path.endswith(UNQUANTISED) and not (every or named) and able and world_size != able[number % len(able)]:
+                continue  # the wire is what differs: one EP size beside all those of the quantised path
             for nodes in (1, 2) if world_size % 2 == 0 else (1,):
                 refused: dict[str, None] = {}
                 shapes = models if every else ()
