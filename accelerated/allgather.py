@@ -31,6 +31,14 @@ NAIVE = "naive"
 _ALIGNMENT = 16
 
 
+def plain_calls(problem: Problem) -> Support:
+    """Claimed without combine codecs and other ways of calling, which collectives of torch do not have."""
+    for asked in (problem.codec, *problem.modes):
+        if asked:
+            return Support(Standing.REFUSED, f"{asked}: torch's collectives have no such thing; leave it out")
+    return Support(Standing.CLAIMED)
+
+
 class AllGatherBackend:
     """Every row everywhere; needs nothing but torch.distributed."""
 
@@ -40,10 +48,10 @@ class AllGatherBackend:
     kernel_types: Sequence[str] = (NAIVE,)
 
     def support(self, problem: Problem, kernel_type: str) -> Support:
-        """Claimed for every problem: no size enters the arithmetic."""
+        """Claimed for every plain problem: no size enters the arithmetic."""
         if kernel_type != NAIVE:
             return Support(Standing.REFUSED, f"unknown kernel type {kernel_type!r}; choose {NAIVE}")
-        return Support(Standing.CLAIMED)
+        return plain_calls(problem)
 
     def contract(self, problem: Problem, kernel_type: str) -> Contract:
         """Rows ascend by (source rank, token); the sum over ranks rounds to the element type after every addition."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from reference.combine_numerics import CombineCodec
+
 
 class ContractError(ValueError):
     """A contract asks for something that no check or bound models."""
@@ -77,6 +79,10 @@ class Contract:
         source_map: True if the backend reports (source rank, token) of every received row.
         exact_rows: True if received tensors end with their last valid row; else they have W·capacity rows, valid or
             not.
+        codec: what combine does to the rows that it carries; None if nothing.
+        ignored_codec: what a problem asks combine to do, and it leaves out without a word; None otherwise.
+        narrow_rows: True if a call may have rows shorter than the problem's hidden size.
+        idle_ranks: True if a rank may take part in a call without a token of its own.
     """
 
     receive_layout: ReceiveLayout
@@ -88,6 +94,10 @@ class Contract:
     combines_weights: bool = True
     source_map: bool = True
     exact_rows: bool = False
+    codec: CombineCodec | None = None
+    ignored_codec: CombineCodec | None = None
+    narrow_rows: bool = False
+    idle_ranks: bool = True
 
     def __post_init__(self) -> None:
         if self.fold not in ("first", "last"):
@@ -96,6 +106,10 @@ class Contract:
             raise ContractError("receive layout 'expert major' has no check yet; declare dense rows or every row")
         if self.node_levels and self.accumulation is not Accumulation.FLOAT32:
             raise ContractError("per-node rounding levels are modelled for float32 accumulation only")
+        if self.codec and self.ignored_codec:
+            raise ContractError("a codec is carried out or ignored; declare one of codec and ignored_codec")
+        if self.codec and self.accumulation is not Accumulation.FLOAT32:
+            raise ContractError("combine codecs are modelled for float32 accumulation only")
 
 
 def exchange(contract: object) -> Contract:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from accelerated.contract import Support
 
+    #: A dispatch of ``(rows, weights, scales)`` along a routing that was dispatched before.
+    Replay = Callable[[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"], "Received"]
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -48,12 +51,19 @@ class Received:
         rows: ``[R, H]`` in the problem's dtype, or codes in its wire format: ``[R, H]`` FP8, ``[R, H / 2]`` packed
             FP4. Rows from ``count`` on are undefined.
         ids: ``[R, k]`` int32 global expert ids, the source token's whole row verbatim.
-        weights: ``[R, k]`` float32, the source token's whole row verbatim.
+        weights: ``[R, k]`` float32, the source token's whole row verbatim; undefined if none were dispatched.
         count: ``[1]`` int32 on the device, number of valid rows.
         source_map: host-synchronising call giving ``[count, 2]`` int64 (source rank, token), or None. To be called
             after prepare and before finalize.
         state: private to the backend.
-        scales: ``[R, G]`` of the wire format, float32 or E8M0 bytes, the source token's verbatim; None without one.
+        scales: ``[R, G]`` of the wire format, float32 or bytes, the source token's verbatim; None without any.
+        expert_count: ``[experts per rank]`` int32 on the device, received slots of each local expert; given in the mode
+            ``expert count``.
+        buffer: ``[R, H]`` in the problem's dtype, where the experts must write their rows and which finalize is called
+            with; given in the mode ``zero-copy``.
+        replay: ``(rows, weights, scales) -> Received``, a dispatch of new rows, weights and scales along the same
+            routing, into the same places; given in the mode ``handle``. To be called after finalize and before the
+            next prepare, at most once for each finalize.
     """
 
     rows: torch.Tensor
@@ -63,6 +73,9 @@ class Received:
     source_map: Callable[[], torch.Tensor] | None = None
     state: object = field(default=None, repr=False)
     scales: torch.Tensor | None = None
+    expert_count: torch.Tensor | None = None
+    buffer: torch.Tensor | None = None
+    replay: Replay | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -81,11 +94,15 @@ class Operation(Protocol):
     ) -> Received:
         """Dispatch ``rows [n, H]``, ``ids [n, k]`` int32, ``weights [n, k]`` float32. Collective, without host sync.
 
-        With a wire format rows are its codes and ``scales [n, G]`` go with them.
+        With a wire format rows are its codes and ``scales [n, G]`` go with them. In the mode ``weightless`` the weights
+        are left alone: neither dispatched nor summed.
         """
 
     def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
-        """Sum ``expert_rows [R, H]`` back to their sources; row i answers received row i. Collective, no host sync."""
+        """Sum ``expert_rows [R, H]`` back to their sources; row i answers received row i. Collective, no host sync.
+
+        In the mode ``zero-copy`` ``expert_rows`` is :attr:`Received.buffer` itself.
+        """
 
     def close(self) -> None:
         """Release the operator. Called in the same order on every rank."""

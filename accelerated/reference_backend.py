@@ -45,6 +45,10 @@ class ReferenceBackend:
             return reference_rows.support(problem, kernel_type)
         if kernel_type == ONE_LEVEL and problem.nodes > 1:
             return Support(Standing.REFUSED, "one rounding level has no nodes; use node-levels")
+        if problem.codec:
+            return Support(Standing.REFUSED, f"{problem.codec}: the oracle, which judges this backend, has no codecs")
+        if capped := [mode for mode in problem.modes if mode.startswith("capped")]:
+            return Support(Standing.REFUSED, f"{capped[0]}: received rows have the memory they need; there is no cap")
         return Support(Standing.CLAIMED)
 
     def contract(
@@ -59,7 +63,9 @@ class ReferenceBackend:
             row_order=RowOrder.SOURCE,
             masked_slots=MaskedSlots.DROPPED,
             node_levels=kernel_type == NODE_LEVELS and problem.nodes > 1,
+            combines_weights="weightless" not in problem.modes,
             exact_rows=True,
+            narrow_rows=True,
         )
 
     def preflight(self, device: str) -> list[Finding]:
@@ -98,7 +104,7 @@ class ReferenceOperation:
     """prepare = dispatch, finalize = combine; 3 collectives per round."""
 
     def __init__(self, context: RankContext, problem: Problem, nodes: int) -> None:
-        self._group = context.group
+        self._group, self._rank = context.group, context.rank
         self._problem = problem
         self._experts_per_rank = problem.experts_per_rank
         self._nodes = nodes
@@ -112,8 +118,18 @@ class ReferenceOperation:
         from accelerated.interface import Received
         from reference.dispatch_combine import dispatch
 
-        wires.check(self._problem, rows, scales)
+        wires.check(self._problem, rows, scales, narrow=True)
+        modes = self._problem.modes
+        weights = torch.zeros_like(weights) if "weightless" in modes else weights
         sent = dispatch(rows, ids, weights, scales, experts_per_rank=self._experts_per_rank, group=self._group)
+        buffer, hidden = None, wires.elements(self._problem, rows)
+        if "zero-copy" in modes:
+            dtype = getattr(torch, self._problem.dtype)
+            buffer = torch.empty(sent.rows.shape[0], hidden, dtype=dtype, device=rows.device)
+
+        def replay(again: torch.Tensor, weights_: torch.Tensor | None, scales_: torch.Tensor | None) -> Received:
+            return self.prepare(again, ids, torch.zeros_like(weights) if weights_ is None else weights_, scales_)
+
         return Received(
             rows=sent.rows,
             ids=sent.ids,
@@ -122,7 +138,18 @@ class ReferenceOperation:
             source_map=lambda: torch.stack([sent.source_rank, sent.source_token], dim=1),
             state=sent,
             scales=sent.scales,
+            expert_count=self._counted(sent.ids) if "expert count" in modes else None,
+            buffer=buffer,
+            replay=replay if "handle" in modes else None,
         )
+
+    def _counted(self, ids: torch.Tensor) -> torch.Tensor:
+        """Received slots of each local expert, ``[experts per rank]`` int32."""
+        import torch
+
+        local = ids.long() - self._rank * self._experts_per_rank
+        local = local[(local >= 0) & (local < self._experts_per_rank)]
+        return torch.bincount(local, minlength=self._experts_per_rank).to(torch.int32)
 
     def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
         from accelerated.interface import Combined
@@ -130,7 +157,8 @@ class ReferenceOperation:
 
         sent = received.state
         assert isinstance(sent, Dispatched)
-        result = combine(expert_rows, sent, received.weights, nodes=self._nodes, group=self._group)
+        weights = None if "weightless" in self._problem.modes else received.weights
+        result = combine(expert_rows, sent, weights, nodes=self._nodes, group=self._group)
         return Combined(result.output, result.weights)
 
     def close(self) -> None:

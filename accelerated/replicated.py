@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from accelerated.allgather import AllGatherOperation
+from accelerated.allgather import AllGatherOperation, plain_calls
 from accelerated.contract import Accumulation, Contract, MaskedSlots, ReceiveLayout, RowOrder, Standing, Support
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ class ReplicatedBackend:
     kernel_types: Sequence[str] = (ALL_REDUCE,)
 
     def support(self, problem: Problem, kernel_type: str) -> Support:
-        """Claimed for every problem: no size enters the arithmetic."""
+        """Claimed for every plain problem: no size enters the arithmetic."""
         if kernel_type != ALL_REDUCE:
             return Support(Standing.REFUSED, f"unknown kernel type {kernel_type!r}; choose {ALL_REDUCE}")
-        return Support(Standing.CLAIMED)
+        return plain_calls(problem)
 
     def contract(self, problem: Problem, kernel_type: str) -> Contract:
         """Rows ascend by (source rank, token); the sum over ranks rounds to the element type after every addition."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from reference.problem import WIRES, Problem
+from reference.problem import WIRES, Problem, wire_format
 
 if TYPE_CHECKING:
     import torch
@@ -18,24 +18,26 @@ def row_shape(problem: Problem) -> tuple[int, int]:
     """Elements of one dispatched row, and their size in bytes."""
     if not problem.wire:
         return problem.hidden, problem.element_bytes
-    return WIRES[problem.wire].row_bytes(problem.hidden), 1
+    return wire_format(problem.wire).row_bytes(problem.hidden), 1
 
 
 def scale_shape(problem: Problem) -> tuple[int, int]:
-    """Scales of one dispatched row, and their size in bytes; (0, 0) without a wire."""
+    """Scales of one dispatched row, and their size in bytes; (0, 0) if none travel."""
     if not problem.wire:
         return 0, 0
-    wire = WIRES[problem.wire]
-    return wire.scales(problem.hidden), wire.scale_bytes
+    wire = wire_format(problem.wire)
+    count = wire.scales(problem.hidden)
+    return count, wire.scale_bytes if count else 0
 
 
-def check(problem: Problem, rows: torch.Tensor, scales: torch.Tensor | None) -> None:
+def check(problem: Problem, rows: torch.Tensor, scales: torch.Tensor | None, *, narrow: bool = False) -> None:
     """Refuse what is not of the problem's wire; without one, scales only.
 
     Args:
         problem: of the operation.
         rows: ``[n, H]`` FP8 or ``[n, H / 2]`` packed FP4, one byte each (``torch.uint8`` does as well).
-        scales: ``[n, G]`` float32 or E8M0 bytes.
+        scales: ``[n, G]`` float32 or bytes; None where the wire has none.
+        narrow: rows may be shorter; their scales are as many in any case, because a library is configured with them.
 
     Raises:
         ValueError: says what was given and what the wire carries.
@@ -44,7 +46,13 @@ def check(problem: Problem, rows: torch.Tensor, scales: torch.Tensor | None) -> 
         if scales is not None:
             raise ValueError(f"scales given to a dispatch without wire; build it for one of {', '.join(WIRES)}")
         return
-    for name, given, (columns, size) in (("rows", rows, row_shape(problem)), ("scales", scales, scale_shape(problem))):
+    whole, _ = row_shape(problem)
+    row = min(rows.shape[1], whole) if narrow else whole
+    for name, given, (columns, size) in (("rows", rows, (row, 1)), ("scales", scales, scale_shape(problem))):
+        if columns == 0:
+            if given is not None:
+                raise ValueError(f"{name} given; the wire {problem.wire} carries none")
+            continue
         if given is None:
             raise ValueError(f"no {name} given; the wire {problem.wire} carries them")
         if tuple(given.shape) != (rows.shape[0], columns) or given.element_size() != size:
@@ -52,6 +60,12 @@ def check(problem: Problem, rows: torch.Tensor, scales: torch.Tensor | None) -> 
                 f"{name} {list(given.shape)} {given.dtype}; the wire {problem.wire} carries "
                 f"{[rows.shape[0], columns]} of {size} bytes"
             )
+
+
+def elements(problem: Problem, rows: torch.Tensor) -> int:
+    """Elements of each of ``rows [n, B]``, which may be packed."""
+    packed = problem.wire and wire_format(problem.wire).payload == "fp4"
+    return rows.shape[1] * (2 if packed else 1)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

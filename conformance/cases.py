@@ -8,6 +8,7 @@ What a case does not hold: anything about the machine; the records do.
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Literal
 
 import msgspec
@@ -15,9 +16,11 @@ import msgspec
 from accelerated.experts import SEPARATOR, ExpertProblem, LayerProblem
 from conformance.recipes import explicit_rows
 from conformance.row_cases import Mode, RowCase, RowCell, validate_rows
-from reference.problem import Problem
+from reference.problem import Problem, wire_format
 
-Values = Literal["integers", "normal", "wide", "bits"]
+#: Elements of a round: small integers, normal ones, those over 40 binades, random bit patterns, or what a combine codec
+#: treats differently: saturation, ties, subnormals, blocks of zeros and blocks at both sides of the largest code.
+Values = Literal["integers", "normal", "wide", "bits", "edges"]
 Placement = Literal["linear", "round_robin"]
 #: Routing weights of a round: all one, from 1/16 to 1, of both signs, of both signs with zeros among them, or all zero
 #: but one of each token, so that one expert is judged by itself.
@@ -30,8 +33,10 @@ Relation = Literal[
 Rows = tuple[tuple[tuple[int, ...], ...], ...]
 
 
-#: A row begins with its tag of four elements.
+#: A row begins with its tag of four elements, or of four bytes where it is dispatched as codes.
 MIN_HIDDEN = 8
+#: Most rounds of a cell with routing handles: each of them is replayed, and stamps have to tell all of them apart.
+MAX_REPLAYED = 8
 
 
 class CaseError(ValueError):
@@ -54,6 +59,10 @@ class Cell(msgspec.Struct, frozen=True, order=True, tag="exchange"):
     mode: Mode
     placement: Placement = "linear"
     model: str = ""  # name of the model shape the geometry comes from, "" for a synthetic one
+    wire: str = ""  # format in which dispatch carries rows, "" for ``dtype``, which combine has in any case
+    codec: str = ""  # format in which combine carries rows between ranks
+    scale_dim: int = 0  # blocks of a row of that format
+    modes: tuple[str, ...] = ()  # how calls are made, of :data:`reference.problem.MODES`
 
     def problem(self) -> Problem:
         """Sizes as the reference and the backends take them."""
@@ -65,7 +74,16 @@ class Cell(msgspec.Struct, frozen=True, order=True, tag="exchange"):
             capacity=self.capacity,
             dtype=self.dtype,
             nodes=self.nodes,
+            wire=self.wire,
+            codec=self.codec,
+            scale_dim=self.scale_dim,
+            modes=self.modes,
         )
+
+    @property
+    def special(self) -> bool:
+        """Whether rows or calls are other than plain, so that cases have more to vary."""
+        return bool(self.wire or self.codec or self.modes)
 
     @property
     def label(self) -> str:
@@ -76,8 +94,14 @@ class Cell(msgspec.Struct, frozen=True, order=True, tag="exchange"):
         return (
             f"{self.check}-{self.backend}-{self.kernel_type}-ep{self.world_size}{nodes}-{shape}-e{self.experts}"
             f"k{self.top_k}"
-            f"m{self.capacity}-{self.dtype}-{self.mode}{placement}"
+            f"m{self.capacity}-{self.dtype}-{self.mode}{placement}{self._manner}"
         )
+
+    @property
+    def _manner(self) -> str:
+        blocks = f"x{self.scale_dim}" if self.scale_dim else ""
+        parts = (self.wire, self.codec + blocks, *(mode.replace(" ", "_") for mode in self.modes))
+        return "".join(f"-{part}" for part in parts if part)
 
 
 class Explicit(msgspec.Struct, frozen=True, tag="explicit"):
@@ -102,6 +126,7 @@ class Round(msgspec.Struct, frozen=True):
     values: Values = "integers"
     seed: int = 0
     delays_ms: tuple[int, ...] = ()  # per rank, slept before the dispatch; () is no delay
+    hidden: int = 0  # elements of this round's rows, fewer than the operator was built for; 0 is as many
 
 
 class Case(msgspec.Struct, frozen=True, tag="exchange"):
@@ -270,6 +295,20 @@ def decode(data: bytes, origin: str) -> AnyCase:
     return case
 
 
+def row_step(cell: Cell) -> int:
+    """Rows of so many elements, or of a multiple, are divided evenly by the cell's wire and codec."""
+    step = max(wire_format(cell.wire).group, 2) if cell.wire else 1
+    return math.lcm(step, 2 * cell.scale_dim) if cell.scale_dim else step
+
+
+def narrow_sizes(cell: Cell) -> tuple[int, ...]:
+    """Row sizes below the cell's that its wire and codec can carry: the least, about half, and one step less."""
+    step = row_step(cell)
+    least = -(-MIN_HIDDEN // step) * step
+    sizes = {least, cell.hidden // 2 // step * step, (cell.hidden - 1) // step * step}
+    return tuple(sorted(size for size in sizes if least <= size < cell.hidden))
+
+
 def validate(case: Case) -> None:
     """Check that every round fits the cell.
 
@@ -289,6 +328,8 @@ def validate(case: Case) -> None:
             raise CaseError(f"{name} is {value}; give {low} to {high}")
     if not case.rounds:
         raise CaseError("the case has no rounds; give at least one")
+    if "handle" in cell.modes and len(case.rounds) > MAX_REPLAYED:
+        raise CaseError(f"{len(case.rounds)} rounds are replayed each; give at most {MAX_REPLAYED}")
     for index, a_round in enumerate(case.rounds):
         counts = routing_counts(a_round.routing)
         if len(counts) != cell.world_size:
@@ -297,6 +338,11 @@ def validate(case: Case) -> None:
             raise CaseError(f"round {index} has {max(counts)} tokens on a rank; the capacity is {cell.capacity}")
         if a_round.delays_ms and len(a_round.delays_ms) != cell.world_size:
             raise CaseError(f"round {index} has {len(a_round.delays_ms)} delays; give one per rank or none")
+        if a_round.hidden and a_round.hidden not in narrow_sizes(cell):
+            raise CaseError(
+                f"round {index} has rows of {a_round.hidden} elements; give 0 or one of {narrow_sizes(cell)}, which "
+                "the wire and the codec divide evenly"
+            )
         if isinstance(a_round.routing, Recipe):
             continue
         for rank, rows in enumerate(a_round.routing.rows):

@@ -16,23 +16,32 @@ from hypothesis import configuration
 from rich.console import Console
 
 from conformance.engine.driver import InfraError
-from conformance.suite import controller
+from conformance.suite import capability_command, controller, launched
 from conformance.suite.cells import PlannedCell
 from conformance.suite.failure import ConformanceFailure
 from conformance.suite.harness import Harness, MistrustedError
+from conformance.suite.kernels import compile_kernels
 from conformance.suite.options import add_options, read_options
 from conformance.suite.records import RecordWriter, read_records
 from conformance.suite.state import RunState
 from conformance.suite.summary import print_summary, total
+from conformance.suite.waived import UnexpectedPassError
 from conformance.verdicts import ExitCode
 
 _HERE = Path(__file__).parent
 _SELFTEST = _HERE / "selftest"
 _STATE = pytest.StashKey[RunState]()
+#: What a test item raises whose text is its report.
+_TOLD = (ConformanceFailure, InfraError, MistrustedError, UnexpectedPassError)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Answer ``--capabilities`` in the place of a run."""
+    return capability_command.run(read_options(config)) if config.getoption("capabilities") else None
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -66,10 +75,16 @@ def pytest_configure(config: pytest.Config) -> None:
         state = RunState(read_options(config))
     # Wrong arguments are told before a machine is looked at.
     state.choose_items()
+    if not _is_worker(config) and state.options.world:
+        state.options, state.world = launched.gather(state.options)
+        config.add_cleanup(state.world.leave)
+        state.choose_items()
     if not _is_worker(config) and not config.getoption("collectonly"):
         state.options, state.machine = controller.fit_to_machine(state.options)
         state.choose_items()
-        controller.compile_kernels(state.options, state.plan)
+        compile_kernels(state.options, state.plan)
+        if state.world is not None:
+            launched.compile_elsewhere(state.options, state.plan, state.world)
         state.directory = controller.new_run_directory(state.options)
     configuration.set_hypothesis_home_dir(state.options.output / "hypothesis")
     config.stash[_STATE] = state
@@ -161,11 +176,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Tell the harness what comes next: a pool on GPUs is kept only for a cell that can use it."""
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Tell the harness what comes next: a pool on GPUs is kept only for a cell that can use it.
+
+    Nothing runs on a launched world that is over.
+    """
     if _STATE in item.config.stash:
+        world = item.config.stash[_STATE].world
+        if world is not None and world.ended:
+            item.session.shouldfail = f"the launched world is over: {world.ended}; what follows is not run"
+            return True
         planned = _planned(nextitem) if nextitem is not None else None
         item.config.stash[_STATE].following = planned.cell if planned is not None else None
+    return None
 
 
 @pytest.fixture(scope="session")
@@ -174,7 +197,7 @@ def harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
     state = request.config.stash[_STATE]
     worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
     writer = RecordWriter(state.directory / f"{worker}-{os.getpid()}.jsonl")
-    made = Harness(state.options, writer, state.machine.uuids, following=lambda: state.following)
+    made = Harness(state.options, writer, state.machine.uuids, following=lambda: state.following, world=state.world)
     yield made
     made.close()
 
@@ -183,7 +206,7 @@ def harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Show a failure as its report, not as a traceback through Hypothesis."""
     report = yield
-    if call.excinfo is not None and isinstance(call.excinfo.value, ConformanceFailure | InfraError | MistrustedError):
+    if call.excinfo is not None and isinstance(call.excinfo.value, _TOLD):
         report.longrepr = str(call.excinfo.value)  # type: ignore[attr-defined]
     planned = _planned(item)
     report.ep_cell = planned.cell.label if planned else ""  # type: ignore[attr-defined]  # travels with the report

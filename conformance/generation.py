@@ -15,7 +15,7 @@ from random import Random
 from hypothesis import strategies as st
 
 from accelerated.contract import Contract, MaskedSlots
-from conformance.cases import Case, Cell, Explicit, Recipe, Round, Rows, Values
+from conformance.cases import MAX_REPLAYED, Case, Cell, Explicit, Recipe, Round, Rows, Values, narrow_sizes
 from conformance.rank.routing import wire_rows
 from conformance.recipes import ARCHETYPES, Row, Site
 
@@ -25,6 +25,8 @@ _PALETTE = 6
 MASKED = "masked"
 _MAX_SEED = 2**20 - 1
 _VALUES: tuple[Values, ...] = ("integers", "integers", "normal", "wide", "bits")
+#: With a codec: NaN and infinities have no defined code.
+_CODED_VALUES: tuple[Values, ...] = ("edges", "edges", "normal", "wide", "integers")
 
 
 def boundary_counts(capacity: int) -> tuple[int, ...]:
@@ -83,11 +85,15 @@ def explicit_routing(draw: st.DrawFn, cell: Cell, counts: tuple[int, ...], arche
 
 
 @st.composite
-def rounds(draw: st.DrawFn, cell: Cell, names: Sequence[str], *, delays: bool) -> Round:
-    """One round of one of the named archetypes."""
+def rounds(
+    draw: st.DrawFn, cell: Cell, names: Sequence[str], *, delays: bool, contract: Contract | None = None
+) -> Round:
+    """One round of one of the named archetypes, of what the contract of a dispatch/combine takes."""
     archetype = draw(st.sampled_from(names))
     parameter = draw(st.integers(0, cell.experts - 1))
     counts = draw(token_counts(cell.world_size, cell.capacity))
+    if contract is not None and not contract.idle_ranks:
+        counts = tuple(max(1, count) for count in counts)
     routing: Explicit | Recipe
     if sum(counts) * cell.top_k > EXPLICIT_SLOTS:
         routing = Recipe(archetype, counts, parameter, draw(st.integers(0, _MAX_SEED)))
@@ -96,10 +102,17 @@ def rounds(draw: st.DrawFn, cell: Cell, names: Sequence[str], *, delays: bool) -
     late = draw(st.integers(-cell.world_size, cell.world_size - 1)) if delays else -1
     return Round(
         routing=routing,
-        values=draw(st.sampled_from(_VALUES)),
+        values=draw(st.sampled_from(_CODED_VALUES if cell.codec else _VALUES)),
         seed=draw(st.integers(0, _MAX_SEED)),
         delays_ms=tuple(2 if r == late else 0 for r in range(cell.world_size)) if late >= 0 else (),
+        hidden=draw(st.sampled_from(_row_sizes(cell, contract))) if cell.special else 0,
     )
+
+
+def _row_sizes(cell: Cell, contract: Contract | None) -> tuple[int, ...]:
+    """Elements of a round's rows: whole ones (0) half the time, shorter ones where the contract takes them."""
+    shorter = narrow_sizes(cell) if contract is not None and contract.narrow_rows else ()
+    return (*(0 for _ in shorter), *shorter) or (0,)
 
 
 def applies(archetype: str, cell: Cell, contract: Contract) -> bool:
@@ -160,7 +173,7 @@ def strata(cell: Cell, contract: Contract, examples: int) -> list[tuple[str, int
 @st.composite
 def cases(draw: st.DrawFn, cell: Cell, contract: Contract, only: str = "") -> Case:
     """A case of the cell: one round when drained, two to four when free-running (12 to 24 in a
-    soak), and all experts for placement.
+    soak), and all experts for placement. Cells with a wire, a codec or a mode also vary the length of their rows.
 
     ``only`` names an archetype that every round is to have.
     """
@@ -168,6 +181,7 @@ def cases(draw: st.DrawFn, cell: Cell, contract: Contract, only: str = "") -> Ca
         return draw(every_expert(cell))
     names = [only] if only else [a for a in ARCHETYPES if applies(a, cell, contract)]
     if cell.mode == "drained":
-        return Case(cell, (draw(rounds(cell, names, delays=False)),))
+        return Case(cell, (draw(rounds(cell, names, delays=False, contract=contract)),))
     length = draw(st.integers(12, 24) if cell.check == "soak" else st.integers(2, 4))
-    return Case(cell, tuple(draw(rounds(cell, names, delays=True)) for _ in range(length)))
+    length = min(length, MAX_REPLAYED) if "handle" in cell.modes else length
+    return Case(cell, tuple(draw(rounds(cell, names, delays=True, contract=contract)) for _ in range(length)))

@@ -19,6 +19,9 @@ class Verdict(str, enum.Enum):
     FINDING = "FINDING"  # a failure in an unclaimed cell: shown, not gating
     MISTRUSTED = "MISTRUSTED"  # the data were too degenerate for the checks to mean anything
     UNSUPPORTED = "UNSUPPORTED"
+    XFAIL = "XFAIL"  # what is not waived passed, and what is failed as the waiver says
+    XPASS = "XPASS"  # what a waiver says fails does not
+    QUARANTINED = "QUARANTINED"  # a waiver says that it is never launched
     NOT_RUN = "NOT RUN"
     INFRA = "INFRA"
 
@@ -37,16 +40,21 @@ class ExitCode(enum.IntEnum):
     USAGE = 4
 
 
-def exit_code(verdicts: Iterable[Verdict], *, lost_worker: bool = False) -> ExitCode:
+def exit_code(
+    verdicts: Iterable[Verdict], *, lost_worker: bool = False, stale_waivers: bool = False
+) -> ExitCode:
     """Exit code of a run from the verdicts of its cells.
 
-    A product failure outranks everything; infrastructure outranks incompleteness; nothing at all is incomplete.
+    A product failure outranks everything; infrastructure outranks incompleteness; nothing at all is incomplete. So is a
+    run whose waivers are out of date (XPASS, stale): they keep cases from being drawn for nothing. It is no product
+    failure, because a search for the change that broke the product must not end at the one that mended it.
     """
     seen = set(verdicts)
     if seen & PRODUCT_FAILURES:
         return ExitCode.PRODUCT_FAILURE
     if lost_worker or Verdict.INFRA in seen:
         return ExitCode.INFRASTRUCTURE
-    if seen & {Verdict.MISTRUSTED, Verdict.NOT_RUN} or not seen & {Verdict.PASS, Verdict.FINDING}:
+    ran = seen & {Verdict.PASS, Verdict.FINDING, Verdict.XFAIL}
+    if stale_waivers or seen & {Verdict.MISTRUSTED, Verdict.NOT_RUN, Verdict.XPASS} or not ran:
         return ExitCode.INCOMPLETE
     return ExitCode.OK

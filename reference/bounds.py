@@ -5,8 +5,9 @@ Scope: the combine sum, and a quantisation followed by the dequantisation; compo
 
 Combine: the contributions of the destination ranks, exact or intervals, are summed in any order in float32 and stored,
 or with a rounding to the element type after every addition. Levels compose: the stored intervals of one level are the
-addends of the next. What an accepted result does not prove: that the backend sums in the order it declares. Not
-covered: NaN, infinities, overflow, and devices that flush subnormals in a combine.
+addends of the next. With a codec on the wire :mod:`reference.combine_bounds` takes over. What an accepted result does
+not prove: that the backend sums in the order it declares. Not covered: NaN, infinities, overflow, and devices that
+flush subnormals in a combine.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import replace
 import torch
 
 from reference.codecs import Codec, Granularity, ZeroScale
+from reference.combine_bounds import coded_acceptance
+from reference.combine_numerics import CombineCodec
 from reference.intervals import Interval
 from reference.quantisation import accepted_scales, accepted_values, half_step
 from reference.rounding import format_of
@@ -36,6 +39,7 @@ def combine_acceptance(
     nodes: int = 1,
     element_accumulation: bool = False,
     grid: float | torch.Tensor | None = None,
+    codec: CombineCodec | None = None,
 ) -> Interval:
     """Interval of acceptable combine results.
 
@@ -47,13 +51,24 @@ def combine_acceptance(
         element_accumulation: True if every addition rounds to ``dtype`` (a reduce-scatter in the element type).
         grid: promise that every term is a multiple of this power of two; makes sums exact where they fit. A tensor
             ``[n, H]`` promises it element by element, 0 nothing.
+        codec: what travels, or None for the element type. The terms are then the rows before they are coded, BF16
+            numbers; ``grid`` is not looked at, because a code's own spacing says more.
 
     Returns:
         Interval of shape ``[n, H]``.
 
     Raises:
-        ValueError: per-node levels together with element accumulation, which no contract declares.
+        ValueError: per-node levels together with element accumulation, which no contract declares; a codec with another
+            dtype than bfloat16 or with element accumulation; what
+            :func:`reference.combine_bounds.coded_acceptance` refuses.
     """
+    if codec is not None:
+        if dtype != torch.bfloat16 or element_accumulation:
+            raise ValueError(
+                f"dtype is {dtype} with element_accumulation={element_accumulation} and codec {codec.name}; a coded "
+                f"combine sums in float32 and stores bfloat16"
+            )
+        return coded_acceptance(terms, destinations, codec, nodes=nodes)
     if nodes > 1 and element_accumulation:
         raise ValueError("node levels are modelled for float32 accumulation only; pass nodes=1")
     world_size, n, hidden = terms.shape

@@ -8,6 +8,8 @@ Semantics (MoRI 624002c8, include/mori/ops/dispatch_combine and python/mori/ops/
 * *combine* is the plain, unweighted float32 sum of the rows that the destination ranks produced, rounded once; with
   per-node levels each node's partial sum is rounded first and the nodes are summed in ascending order. Rows of
   weights are summed apart and never applied to the data. A token without destination gets zero.
+* a *codec* changes what combine puts on the wire: the rank whose experts made a row codes it, the token's rank decodes
+  and sums; on InterNodeV1 each node's partial sum is coded once more (:mod:`reference.combine_codecs`).
 
 Works on any process group (gloo, NCCL, RCCL) and on whatever device the tensors live on. Collectives per call:
 dispatch 2 (counts, packed rows), combine 1 (rows back). A pass against this module proves nothing about memory
@@ -21,6 +23,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from reference.combine_codecs import CodedRows, add_product, code_rows, decode_rows, saturated
+from reference.combine_numerics import CombineCodec
 from reference.rounding import round_to
 
 
@@ -63,7 +67,7 @@ class CombineResult:
         output: ``[n, H]`` in the element type of the expert rows, summed in the declared order.
         weights: ``[n, k]`` float32 or None.
         terms: ``[W, n, H]`` float32, contribution of each destination rank, zero where there is none; the error bound
-            follows from it.
+            follows from it. With a codec, the rows before they were coded.
         destinations: ``[n, W]`` bool.
         beside: ``[W, n, B]`` float32 or None, what travelled along, zero where nothing came.
     """
@@ -188,6 +192,8 @@ def combine(
     beside: torch.Tensor | None = None,
     fold: str = "first",
     nodes: int = 1,
+    codec: CombineCodec | None = None,
+    fused: bool = True,
     group: dist.ProcessGroup,
 ) -> CombineResult:
     """Return one row per received row to its source and sum per token. Collective; 1 collective.
@@ -201,11 +207,16 @@ def combine(
         fold: position of a destination in the sum: its ``"first"`` or its ``"last"`` slot in the token's row.
         nodes: rounding levels; 1 rounds the sum over all destinations once, N > 1 rounds each node's partial sum and
             then the sum over nodes in ascending order (MoRI InterNodeV1, internode_v1.cpp:1365).
+        codec: what travels, or None for the rows as they are; the same on all ranks. The rows themselves then travel
+            along, for ``terms`` only.
+        fused: whether a decoded product is added by a fused multiply-add or rounded before; both are legal, and without
+            scales the same.
         group: process group of the W ranks.
 
     Raises:
-        ValueError: ``expert_rows`` does not have one row per received row, ``fold`` is unknown, or ``nodes`` does not
-            divide the ranks.
+        ValueError: ``expert_rows`` does not have one row per received row, ``fold`` is unknown, ``nodes`` does not
+            divide the ranks, or is above 1 with a codec that rounds no partial sums; rows that the codec refuses
+            (:func:`reference.combine_codecs.code_rows`).
     """
     if expert_rows.shape[0] != dispatched.rows.shape[0]:
         raise ValueError(
@@ -216,46 +227,72 @@ def combine(
     n, world_size = dispatched.destinations.shape
     if world_size % nodes:
         raise ValueError(f"nodes is {nodes}; it must divide the {world_size} ranks")
-    columns = [column for column in (expert_rows, weights, beside) if column is not None]
+    if codec is not None and nodes > 1 and not codec.rounds_partials:
+        raise ValueError(f"nodes is {nodes} with {codec.name}, which rounds no partial sums; pass nodes=1")
+    coded = None if codec is None else code_rows(expert_rows, codec)
+    sent = () if coded is None else (coded.codes, coded.scales)
+    columns = [column for column in (*sent, expert_rows, weights, beside) if column is not None]
     packed = torch.cat([_bytes(column) for column in columns], dim=1)
     returned = _exchange(packed, dispatched.receive_counts, dispatched.send_counts, group)
     unpack = _Unpacker(returned)
     rank, token = dispatched.send_index
 
-    def placed(like: torch.Tensor) -> torch.Tensor:
-        by_rank = torch.zeros(world_size, n, like.shape[1], dtype=torch.float32, device=like.device)
-        by_rank[rank, token] = unpack.take(like).float()
+    def placed(returned: torch.Tensor) -> torch.Tensor:
+        by_rank = torch.zeros(world_size, n, returned.shape[1], dtype=torch.float32, device=returned.device)
+        by_rank[rank, token] = returned.float()
         return by_rank
 
-    terms = placed(expert_rows)
+    values, scales = None, None
+    if codec is not None and coded is not None:
+        arrived = CodedRows(unpack.take(coded.codes), None if coded.scales is None else unpack.take(coded.scales))
+        values, scales = (
+            None if part is None else placed(part) for part in decode_rows(arrived, codec, expert_rows.shape[1])
+        )
+    terms = placed(unpack.take(expert_rows))
     weight_sum = None
     if weights is not None:
         weight_sum = torch.zeros(n, weights.shape[1], dtype=torch.float32, device=weights.device)
         weight_sum.index_add_(0, token, unpack.take(weights))
-    output = _fold_ranks(terms, dispatched.owners, fold, nodes, expert_rows.dtype)
-    along = None if beside is None else placed(beside)
+    addends = terms if values is None else values
+    output = _fold_ranks(addends, scales, dispatched.owners, fold, nodes, expert_rows.dtype, codec, fused)
+    along = None if beside is None else placed(unpack.take(beside))
     return CombineResult(output.to(expert_rows.dtype), weight_sum, terms, dispatched.destinations, along)
 
 
-def _fold_ranks(terms: torch.Tensor, owners: torch.Tensor, fold: str, nodes: int, dtype: torch.dtype) -> torch.Tensor:
-    """Sum ``terms [W, n, H]`` per token in slot order, with a rounding to ``dtype`` per level; float32 ``[n, H]``."""
-    world_size, n, hidden = terms.shape
+def _fold_ranks(
+    addends: torch.Tensor,
+    scales: torch.Tensor | None,
+    owners: torch.Tensor,
+    fold: str,
+    nodes: int,
+    dtype: torch.dtype,
+    codec: CombineCodec | None,
+    fused: bool,
+) -> torch.Tensor:
+    """Sum ``addends [W, n, H]``, times scales if any, per token in slot order, rounded per level; float32."""
+    world_size, n, hidden = addends.shape
     top_k = owners.shape[1]
     # slot[t, r]: the slot that places rank r in token t's sum; top_k for ranks that take no part.
-    slot = torch.full((n, world_size + 1), top_k, device=terms.device)
-    slots = torch.arange(top_k, device=terms.device).expand(n, top_k)
+    slot = torch.full((n, world_size + 1), top_k, device=addends.device)
+    slots = torch.arange(top_k, device=addends.device).expand(n, top_k)
     reduce = "amin" if fold == "first" else "amax"
     column = torch.where(owners < 0, world_size, owners)
     slot = slot.scatter_reduce(1, column, slots, reduce, include_self=False)[:, :world_size]
-    per_node = world_size // nodes
-    total = torch.zeros(n, hidden, dtype=torch.float32, device=terms.device)
+    per_node, tokens = world_size // nodes, torch.arange(n, device=addends.device)
+    total = torch.zeros(n, hidden, dtype=torch.float32, device=addends.device)
     for node in range(nodes):
-        ranks = slice(node * per_node, (node + 1) * per_node)
-        order = torch.argsort(slot[:, ranks], dim=1, stable=True)
-        local = terms[ranks]
+        first = node * per_node
+        order = torch.argsort(slot[:, first : first + per_node], dim=1, stable=True) + first
         partial = torch.zeros_like(total)
         for position in range(min(per_node, top_k)):
-            chosen = order[:, position]
-            partial = partial + local[chosen, torch.arange(n, device=terms.device)]
-        total = total + (round_to(partial, dtype) if nodes > 1 else partial)
+            at = order[:, position], tokens
+            if scales is None:
+                partial = partial + addends[at]
+            else:
+                partial = add_product(partial, addends[at], scales[at], fused=fused)
+        if codec is not None and codec.rounds_partials:
+            partial = saturated(partial, codec.payload)
+        elif nodes > 1:
+            partial = round_to(partial, dtype)
+        total = total + partial
     return round_to(total, dtype)

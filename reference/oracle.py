@@ -70,6 +70,7 @@ def layer_output(
     nodes: int = 1,
     grid: float | None = None,
     every_addition_rounds: bool = False,
+    wire_sum: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> Expected:
     """Output of the layer for the tokens of one source rank.
 
@@ -86,6 +87,8 @@ def layer_output(
         grid: promise that every float32 product and sum of the experts is a multiple of this power of two; those that
             fit 24 bits are exact, so that only stores round.
         every_addition_rounds: True if the sum over ranks rounds to ``dtype`` after each addition, in any order.
+        wire_sum: how partial sums that travel coded add up (:func:`reference.combine_oracle.coded_sum` of a codec and
+            nodes): ``(wire [1 or 3, n, W, H], reached [n, W] bool) -> [1 or 3, n, H]``; None for the element type.
 
     Returns:
         Expected values. The experts may evaluate ``sum_j w_j (a_j x + b_j)`` in float32 in any order.
@@ -111,6 +114,9 @@ def layer_output(
     if grid is not None:
         slack = torch.where(magnitude <= grid * 2.0**24, 0.0, slack)
     wire = round_half_even(_spread((share @ outputs).unsqueeze(0), slack), dtype)
+    if wire_sum is not None:
+        ends = wire_sum(wire, reached)
+        return Expected(ends[0], ends[1 % len(ends)], ends[2 % len(ends)], weight_sum)
     if nodes > 1:
         by_node = (n, nodes, world_size // nodes)
         count = reached.reshape(by_node).sum(2, keepdim=True)

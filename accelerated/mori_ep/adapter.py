@@ -1,8 +1,8 @@
 """MoRI's operator behind the backend interface: initialisation order, argument rules, and the round's life cycle.
 
-Scope: eager dispatch of rows in the element type or in a wire format, and eager combine without quantisation, from the
-caller's tensors. The adapter does not know whether it
-drives the library or its double. What a pass through it does not prove: that user code follows the same rules; every
+Scope: eager dispatch of rows in the element type or in a wire format, eager combine with and without a codec, and the
+ways of calling of :data:`reference.problem.MODES`. The adapter does not know whether it drives the library or its
+double. What a pass through it does not prove: that user code follows the same rules; every
 rule kept here (MoRI 624002c8, python/mori/ops/dispatch_combine.py) is one that the library itself does not check.
 """
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from accelerated import wires
 from accelerated.interface import Combined, RankContext, Received
 from accelerated.mori_ep import launch
-from accelerated.mori_ep.contract import INTRA_NODE_TYPES
+from accelerated.mori_ep.kernel_types import INTRA_NODE_TYPES
 from accelerated.mori_ep.library import MoriLibrary
 from reference.problem import Problem
 
@@ -89,7 +89,8 @@ class MoriSession:
         wire_dtype: torch.dtype = getattr(torch, str(arguments["data_type"]))
         arguments["data_type"] = wire_dtype
         arguments["kernel_type"] = getattr(ops.EpDispatchCombineKernelType, name)
-        made = ops.EpDispatchCombineOp(ops.EpDispatchCombineConfig(**arguments))
+        with launch.scale_dim(problem):
+            made = ops.EpDispatchCombineOp(ops.EpDispatchCombineConfig(**arguments))
         operation = MoriOperation(self, made, problem, name, wire_dtype if problem.wire else None)
         self._live.append((operation, size))
         return operation
@@ -135,23 +136,24 @@ class MoriSession:
 class _Round:
     """One dispatch and its combine. Holds every tensor that a kernel in flight may still read."""
 
-    __slots__ = ("ids", "operation", "rows", "scales", "tokens", "weights", "weights_received")
+    __slots__ = ("buffer", "ids", "operation", "routing", "rows", "scales", "tokens", "weights", "weights_received")
 
     def __init__(
         self,
         operation: MoriOperation,
         rows: torch.Tensor,
         ids: torch.Tensor,
-        weights: torch.Tensor,
+        weights: torch.Tensor | None,
         scales: torch.Tensor | None,
-        weights_received: torch.Tensor,
     ) -> None:
         self.operation = operation
         self.rows = rows
         self.scales = scales
         self.ids = ids
         self.weights = weights
-        self.weights_received = weights_received
+        self.weights_received: torch.Tensor | None = None
+        self.routing: Any = None
+        self.buffer: torch.Tensor | None = None
         self.tokens = rows.shape[0]
 
     def source_map(self) -> torch.Tensor:
@@ -163,6 +165,10 @@ class _Round:
             RuntimeError: finalize was called already; the library would return an empty or a newer map.
         """
         return self.operation.source_map(self)
+
+    def replay(self, rows: torch.Tensor, weights: torch.Tensor | None, scales: torch.Tensor | None) -> Received:
+        """See :attr:`accelerated.interface.Received.replay`."""
+        return self.operation.replay(self, rows, weights, scales)
 
 
 class MoriOperation:
@@ -176,20 +182,23 @@ class MoriOperation:
         self._problem, self._wire_dtype = problem, wire_dtype
         self._capacity = problem.capacity
         self._hidden, self._element_bytes = problem.hidden, problem.element_bytes
+        self._dtype: torch.dtype = getattr(torch, problem.dtype)
         self._top_k = problem.top_k
         # AsyncLL's calls only queue the send; everything they return is valid after the matching receive.
         self._split = kernel_type == "AsyncLL"
         # The legacy kernel encodes (rank, token) with another stride (dispatch_combine.py, get_dispatch_src_token_pos).
         self._stride = problem.capacity if kernel_type == "InterNode" else problem.world_size * problem.capacity
+        self._modes = problem.modes
         self._round: _Round | None = None
 
     def prepare(
         self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
     ) -> Received:
-        """Dispatch ``rows [n, H]``, ``ids [n, k]`` int32 and ``weights [n, k]`` float32; never syncs the host.
+        """Dispatch ``rows [n, h]``, ``ids [n, k]`` int32 and ``weights [n, k]`` float32; never syncs the host.
 
-        With a wire format rows are its codes, in the FP8 type of the architecture, as packed FP4 or as ``torch.uint8``,
-        and ``scales [n, G]`` go with them; both come back in the types given.
+        h may be less than the H that the operator was built for. With a wire format rows are its codes, in the FP8 type
+        of the architecture, as packed FP4 or as ``torch.uint8``, and ``scales [n, G]`` go with them, as many for short
+        rows as for whole ones; both come back in the types given.
 
         Returns:
             Capacity-sized views ``[W·M, ...]`` of the operator's buffers, overwritten by the next round, and a private
@@ -200,10 +209,7 @@ class MoriOperation:
             ValueError: more tokens, or wider rows or elements, than configured (MoRI would write past its buffers),
                 shapes that do not match, or rows or scales that are not of the wire.
         """
-        op = self._op
-        if self._round is not None:
-            raise RuntimeError("prepare called twice: finalize the round before; MoRI's dispatch and combine alternate")
-        if op is None:
+        if self._op is None:
             raise RuntimeError("prepare called on a closed operation")
         tokens = rows.shape[0]
         slots = (tokens, self._top_k)
@@ -212,21 +218,73 @@ class MoriOperation:
                 f"rows {tuple(rows.shape)}, ids {tuple(ids.shape)} and weights {tuple(weights.shape)} do not fit "
                 f"capacity {self._capacity} and top_k {self._top_k}"
             )
+        return self._dispatch(rows, ids.to(torch.int32).contiguous(), weights, scales, None)
+
+    def _dispatch(
+        self,
+        rows: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        routing: Any,
+    ) -> Received:
+        """A dispatch, along ``routing`` if one is given, else a new one."""
+        op = self._op
+        if self._round is not None:
+            raise RuntimeError("prepare called twice: finalize the round before; MoRI's dispatch and combine alternate")
         self._check_width(rows)
-        wires.check(self._problem, rows, scales)
+        wires.check(self._problem, rows, scales, narrow=True)
         given = rows.dtype
         # MoRI takes raw pointers: it would misread int64 ids, other float types and strided rows without a word.
         rows = rows.contiguous() if self._wire_dtype is None else self._codes(rows, self._wire_dtype)
         scales = None if scales is None else scales.contiguous()
-        ids = ids.to(torch.int32).contiguous()
-        weights = weights.to(torch.float32).contiguous()
-        received, weights_received, scales_received, ids_received, total = op.dispatch(rows, weights, scales, ids)
-        current = self._round = _Round(self, rows, ids, weights, scales, weights_received)
+        weightless = weights is None or "weightless" in self._modes
+        weights = None if weightless or weights is None else weights.to(torch.float32).contiguous()
+        counted = "expert count" in self._modes
+        asked: dict[str, Any] = {"call_local_expert_count": True} if counted and not self._split else {}
+        if routing is not None:
+            asked["routing"] = routing
+        elif "handle" in self._modes:
+            asked["return_routing"] = True
+        received, weights_received, scales_received, ids_received, total, *cached = op.dispatch(
+            rows, weights, scales, ids, **asked
+        )
+        current = self._round = _Round(self, rows, ids, weights, scales)
+        current.weights_received = None if weightless else weights_received
+        current.routing = routing if routing is not None else cached[0] if cached else None
         if self._split:
-            op.dispatch_recv()
-        count = total.clone()
-        codes = received if self._wire_dtype is None else received.view(given)
-        return Received(codes, ids_received, weights_received, count, current.source_map, current, scales_received)
+            op.dispatch_recv(**({"call_local_expert_count": True} if counted else {}))
+        if "zero-copy" in self._modes:
+            current.buffer = op.get_registered_combine_input_buffer(self._dtype, wires.elements(self._problem, rows))
+        return Received(
+            rows=received if self._wire_dtype is None else received.view(given),
+            ids=ids_received,
+            weights=weights_received,
+            count=total.clone(),
+            source_map=current.source_map,
+            state=current,
+            scales=scales_received,
+            expert_count=op.local_expert_count if counted else None,
+            buffer=current.buffer,
+            replay=current.replay if "handle" in self._modes else None,
+        )
+
+    def replay(
+        self, before: _Round, rows: torch.Tensor, weights: torch.Tensor | None, scales: torch.Tensor | None
+    ) -> Received:
+        """See :attr:`accelerated.interface.Received.replay`.
+
+        Raises:
+            RuntimeError: the round is not finalised, or the operation is closed.
+            ValueError: another number of tokens than was dispatched, or weights that do not match its ids.
+        """
+        if self._op is None:
+            raise RuntimeError("replay called on a closed operation")
+        if rows.shape[0] != before.tokens:
+            raise ValueError(f"{rows.shape[0]} rows to replay a routing of {before.tokens} tokens")
+        if "weightless" not in self._modes and (weights is None or weights.shape != before.ids.shape):
+            raise ValueError(f"replay takes weights {list(before.ids.shape)}; InterNodeV1 faults without them")
+        return self._dispatch(rows, before.ids, weights, scales, before.routing)
 
     @staticmethod
     def _codes(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -244,23 +302,31 @@ class MoriOperation:
 
         Returns:
             Views of the operator's buffers, overwritten by the next finalize: output ``[n, H]``, and the summed weight
-            rows ``[n, k]`` float32 or None on AsyncLL, which never writes them.
+            rows ``[n, k]`` float32, or None if none were dispatched and on AsyncLL, which never writes them.
 
         Raises:
             RuntimeError: no prepare came before, or ``received`` is of another round.
-            ValueError: wider rows or elements than configured.
+            ValueError: wider rows or elements than configured, or rows outside of the buffer of a zero-copy round.
         """
         current = self._round
         if current is None:
             raise RuntimeError("finalize called without prepare; MoRI's dispatch and combine alternate")
         if received.state is not current:
             raise RuntimeError("finalize called with the rows of another round")
+        if current.buffer is not None and _layout(expert_rows) != _layout(current.buffer):
+            # MoRI takes the shape and the type of what it is given, and the rows from its own buffer.
+            raise ValueError(
+                "expert rows outside of the registered buffer, or of another length or type than its rows; MoRI reads "
+                "the buffer whatever it is given"
+            )
         self._check_width(expert_rows)
         op = self._op
         expert_rows = expert_rows.contiguous()
         # Weights at full capacity: a rank without rows that passed an empty slice would count as passing none, and then
         # read its peers' slots with another stride. Ids as dispatched by this rank, not as received.
-        output, weights = op.combine(expert_rows, None if self._split else current.weights_received, current.ids)
+        asked = {} if current.routing is None else {"routing": current.routing}
+        given = None if self._split else current.weights_received
+        output, weights = op.combine(expert_rows, given, current.ids, **asked)
         if self._split:
             op.combine_recv()
         self._round = None
@@ -278,7 +344,12 @@ class MoriOperation:
         """See :meth:`_Round.source_map`."""
         if self._round is not current:
             raise RuntimeError("source map asked for after finalize; MoRI keeps it between dispatch and combine only")
-        position = self._op.get_dispatch_src_token_pos().to(torch.int64)
+        if current.routing is None:
+            position = self._op.get_dispatch_src_token_pos().to(torch.int64)
+        else:
+            # The library's own counter is left alone by a dispatch with a handle, which holds the map itself.
+            total = int(current.routing.total_recv_token_num)
+            position = current.routing.disp_tok_id_to_src_tok_id_local[:total].to(torch.int64)
         return torch.stack((position // self._stride, position % self._stride), dim=1)
 
     def close(self) -> None:
@@ -291,6 +362,11 @@ class MoriOperation:
         self._round = None
         self._op = None
         self._session.forget(self)
+
+
+def _layout(rows: torch.Tensor) -> tuple[int, int, torch.dtype]:
+    """Address, row length and type: all that the library would take from a tensor."""
+    return rows.data_ptr(), rows.shape[1], rows.dtype
 
 
 def _set_heap(world_size: int) -> int:

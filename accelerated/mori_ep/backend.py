@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from accelerated.mori_ep.adapter import MoriSession
     from reference.problem import Problem
 
+#: Environment variable with the number of hosts that the ranks are spread over; without it they share one.
+HOSTS_VARIABLE = "EP_CONFORMANCE_HOSTS"
+
 
 class MoriBackend:
     """MoRI's EPv1 operator, or its double.
@@ -49,7 +52,8 @@ class MoriBackend:
     def support(self, problem: Problem, kernel_type: str) -> Support:
         """Standing on the declared architecture; the double may hold more ranks than a real host."""
         limit = None if self.standin else declared.RANKS_PER_HOST
-        return declared.support(problem, kernel_type, self._arch, ranks_per_host_limit=limit)
+        hosts = int(os.environ.get(HOSTS_VARIABLE, "1"))
+        return declared.support(problem, kernel_type, self._arch, ranks_per_host_limit=limit, hosts=hosts)
 
     def contract(self, problem: Problem, kernel_type: str) -> Contract:
         """Declared behaviour on the declared architecture.

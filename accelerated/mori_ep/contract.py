@@ -18,6 +18,8 @@ from functools import lru_cache
 
 from accelerated import wires
 from accelerated.contract import Contract, ContractError, MaskedSlots, ReceiveLayout, RowOrder, Standing, Support
+from accelerated.mori_ep import calls
+from accelerated.mori_ep.kernel_types import INTRA_NODE_TYPES, NODE_LEVEL_TYPES
 from reference.catalogue import (
     KERNEL_TYPES,
     VLLM_BACKENDS,
@@ -26,10 +28,7 @@ from reference.catalogue import (
     architecture,
     vllm_kernel_type,
 )
-from reference.problem import WIRES, Problem
-
-INTRA_NODE_TYPES = ("IntraNode", "IntraNodeLL")
-NODE_LEVEL_TYPES = ("InterNodeV1", "InterNodeV1LL")
+from reference.problem import Problem, wire_format
 
 #: MoRI asserts that a rank's index on its host is below this (src/application/context/context.cpp).
 RANKS_PER_HOST = 8
@@ -46,20 +45,21 @@ LL_SLOTS = 8
 SCALE_WORD = 4
 
 # gfx125x only: intranode_1250x.hpp:325-340 (staging slots over all peers, slots of a token, scale bytes staged per
-# slot), intranode_1250x.hpp:485 and 575 (scales move in vectors; the rest of a row does not) and dispatch_combine.py
-# (LDS budget of combine, and the 16 warps it launches from a caller's tensor; 128 is the alignment of the tiles).
+# slot), intranode_1250x.hpp:485 and 575 (scales move in vectors; the rest of a row does not), dispatch_combine.py:318
+# (LDS budget) and dispatch_combine.py:703,751 (warps of a block; more where combine pushes uncoded rows from a caller's
+# tensor); 128 is the alignment of the tiles.
 _TDM_POOL_SLOTS = 8 * 32768
 _TDM_TOP_K = 16
 _TDM_SCALE_BYTES = 128
 _TDM_SCALE_VECTOR = 16
 _TDM_LDS_BYTES = 327680
-_TDM_PUSH_WARPS = 16
+_TDM_WARPS, _TDM_PUSH_WARPS = 8, 16
 _TDM_ALIGNMENT = 128
 
 
 @lru_cache(maxsize=4096)
 def support(
-    problem: Problem, kernel_type: str, arch: str, *, ranks_per_host_limit: int | None = RANKS_PER_HOST
+    problem: Problem, kernel_type: str, arch: str, *, ranks_per_host_limit: int | None = RANKS_PER_HOST, hosts: int = 1
 ) -> Support:
     """Standing of ``problem`` on one kernel type.
 
@@ -67,7 +67,8 @@ def support(
         problem: sizes.
         kernel_type: one of the six, or a vLLM backend name (``mori_high_throughput``, ``mori_low_latency``).
         arch: gfx architecture of the catalogue.
-        ranks_per_host_limit: most ranks that may run on the one host that holds them all; None for a stand-in.
+        ranks_per_host_limit: most ranks that may run on one host; None for a stand-in.
+        hosts: machines that the ranks are spread over, as evenly as a launched world's.
 
     Returns:
         REFUSED with the first rule that the problem breaks, UNCLAIMED with what nobody exercises, or CLAIMED.
@@ -77,7 +78,7 @@ def support(
         kernel_type = resolve(kernel_type, problem, target)
     except CatalogueError as error:
         return Support(Standing.REFUSED, str(error))
-    reason = next(_refusals(problem, kernel_type, target, ranks_per_host_limit), None)
+    reason = next(_refusals(problem, kernel_type, target, ranks_per_host_limit, hosts), None)
     if reason is not None:
         return Support(Standing.REFUSED, reason)
     reason = next(_unclaimed(problem, kernel_type, target), None)
@@ -97,7 +98,8 @@ def contract(problem: Problem, kernel_type: str, arch: str) -> Contract:
         ContractError: unknown kernel type or architecture.
     """
     try:
-        kernel_type = resolve(kernel_type, problem, architecture(arch))
+        target = architecture(arch)
+        kernel_type = resolve(kernel_type, problem, target)
     except CatalogueError as error:
         raise ContractError(str(error)) from error
     return Contract(
@@ -106,7 +108,12 @@ def contract(problem: Problem, kernel_type: str, arch: str) -> Contract:
         masked_slots=_masked_slots(problem, kernel_type),
         fold="last" if kernel_type == "IntraNodeLL" else "first",
         node_levels=kernel_type in NODE_LEVEL_TYPES and problem.nodes > 1,
-        combines_weights=kernel_type != "AsyncLL",
+        combines_weights=kernel_type != "AsyncLL" and "weightless" not in problem.modes,
+        codec=None if calls.ignored(problem, kernel_type) else calls.codec(problem, kernel_type, target),
+        ignored_codec=calls.codec(problem, kernel_type, target) if calls.ignored(problem, kernel_type) else None,
+        narrow_rows=True,
+        # A rank without tokens has a routing handle that nothing can be replayed from (dispatch_combine.py, routing).
+        idle_ranks="handle" not in problem.modes,
     )
 
 
@@ -127,7 +134,7 @@ def resolve(kernel_type: str, problem: Problem, arch: Architecture) -> str:
 def _masked_slots(problem: Problem, kernel_type: str) -> MaskedSlots:
     single_expert = problem.experts_per_rank == 1
     if kernel_type == "InterNode":
-        # -1 // EPR truncates to 0 unless EPR is 1, when the range check catches it (internode.hpp:96).
+        # -1 // EPR truncates to 0 unless EPR is 1, when the range check catches it (internode.hpp:95,111).
         return MaskedSlots.DROPPED if single_expert else MaskedSlots.RANK_ZERO
     if kernel_type == "AsyncLL":
         # With EPR 1 the receiver aborts if another slot of the token is valid (low_latency_async.cpp:379).
@@ -139,7 +146,7 @@ def _masked_slots(problem: Problem, kernel_type: str) -> MaskedSlots:
 
 
 def _refusals(
-    problem: Problem, kernel_type: str, arch: Architecture, ranks_per_host_limit: int | None
+    problem: Problem, kernel_type: str, arch: Architecture, ranks_per_host_limit: int | None, hosts: int
 ) -> Iterator[str]:
     """Reasons why the library cannot run the problem, most general first."""
     ranks, per_node = problem.world_size, problem.ranks_per_node
@@ -149,8 +156,9 @@ def _refusals(
             f"{', '.join(arch.kernel_types)} only, the others put through shmem device state that it never "
             "initialises (dispatch_combine.py, _maybe_get_cco_comm)"
         )
-    if ranks_per_host_limit is not None and ranks > ranks_per_host_limit:
-        yield f"world_size is {ranks}; MoRI runs at most {ranks_per_host_limit} ranks on a host (context.cpp)"
+    if ranks_per_host_limit is not None and ranks > ranks_per_host_limit * hosts:
+        spread = f" on {hosts} hosts" if hosts > 1 else ""
+        yield f"world_size is {ranks}{spread}; MoRI runs at most {ranks_per_host_limit} ranks on a host (context.cpp)"
     if per_node & (per_node - 1):
         yield (
             f"{per_node} ranks per node; MoRI aborts unless gpu_per_node is a power of two "
@@ -171,6 +179,7 @@ def _refusals(
         yield f"world_size is {ranks}; AsyncLL gives each rank a lane and {arch.name} has {arch.wave_size}"
     if kernel_type == "IntraNode" and arch.symmetric_backend == "cco":
         yield from _tdm_refusals(problem)
+    yield from calls.refusals(problem, kernel_type, arch)
 
 
 def _intra_node_refusals(problem: Problem, kernel_type: str) -> Iterator[str]:
@@ -227,14 +236,28 @@ def _tdm_refusals(problem: Problem) -> Iterator[str]:
             f"capacity is {problem.capacity} with {groups * size} bytes of scales; the gfx125x dispatch stages "
             f"{slots * _TDM_SCALE_BYTES} bytes per peer and needs {needed * groups * size} (intranode_1250x.hpp:340)"
         )
-    pointers = _TDM_PUSH_WARPS * problem.top_k * 2 * 8
-    tiles = _TDM_PUSH_WARPS * problem.hidden * problem.element_bytes
-    lds = -(-pointers // _TDM_ALIGNMENT) * _TDM_ALIGNMENT + tiles
-    if lds > _TDM_LDS_BYTES:
-        yield (
-            f"hidden is {problem.hidden} in {problem.dtype}; the gfx125x combine needs {lds} bytes of LDS and has "
-            f"{_TDM_LDS_BYTES} (dispatch_combine.py, _combine_shared_mem)"
-        )
+    for phase, lds in _tdm_lds(problem):
+        if lds > _TDM_LDS_BYTES:
+            yield (
+                f"hidden is {problem.hidden} in {problem.dtype}; the gfx125x {phase} needs {lds} bytes of LDS and has "
+                f"{_TDM_LDS_BYTES} (dispatch_combine.py:802,841)"
+            )
+
+
+def _tdm_lds(problem: Problem) -> Iterator[tuple[str, int]]:
+    """LDS of a block in each phase: a row for each warp, beside the counters of dispatch and the pointers of combine.
+
+    The library checks combine alone, and there only what pushes rows: a combine from the registered buffer falls back
+    to a gather without tiles, and a blockwise codec takes the portable body.
+    """
+    row = problem.hidden * problem.element_bytes
+    counters = 4 * (_TDM_WARPS * (problem.world_size + problem.experts_per_rank) + problem.experts_per_rank)
+    yield "dispatch", max(counters, _TDM_WARPS * row)
+    if "zero-copy" in problem.modes or problem.scale_dim:
+        return
+    warps = _TDM_WARPS if problem.codec else _TDM_PUSH_WARPS
+    pointers = warps * problem.top_k * 2 * 8
+    yield "combine", -(-pointers // _TDM_ALIGNMENT) * _TDM_ALIGNMENT + warps * row
 
 
 def _unclaimed(problem: Problem, kernel_type: str, arch: Architecture) -> Iterator[str]:
@@ -244,6 +267,7 @@ def _unclaimed(problem: Problem, kernel_type: str, arch: Architecture) -> Iterat
     if kernel_type in NODE_LEVEL_TYPES and problem.nodes > 1 and problem.ranks_per_node == 1:
         yield f"upstream runs {kernel_type} with 4 and 8 ranks per node; nobody runs it with one"
     yield from _unclaimed_wire(problem, kernel_type, arch)
+    yield from calls.unclaimed(problem, kernel_type, arch)
     if kernel_type == "IntraNodeLL" and arch.symmetric_backend == "cco":
         yield f"upstream has neither a test nor a launch value for IntraNodeLL on {arch.name}, only for IntraNode"
 
@@ -256,7 +280,7 @@ def _unclaimed_wire(problem: Problem, kernel_type: str, arch: Architecture) -> I
         yield f"upstream and vLLM combine in bfloat16 what was dispatched quantised; nobody combines in {problem.dtype}"
     if kernel_type == "InterNode":
         yield "upstream compares quantised dispatches of every kernel type but the legacy InterNode"
-    if WIRES[problem.wire].payload == "fp4" and arch.fp8.dtype == "float8_e4m3fnuz":
+    if wire_format(problem.wire).payload == "fp4" and arch.fp8.dtype == "float8_e4m3fnuz":
         yield f"upstream runs packed FP4 on gfx950 and later; on {arch.name} its tests skip it"
     groups, size = wires.scale_shape(problem)
     if groups * size % SCALE_WORD:

@@ -7,16 +7,24 @@ or that the device has the memory.
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from accelerated import wires
-from accelerated.mori_ep.contract import INTRA_NODE_TYPES, NODE_LEVEL_TYPES, resolve
+from accelerated.mori_ep.calls import receive_cap
+from accelerated.mori_ep.contract import resolve
+from accelerated.mori_ep.kernel_types import INTRA_NODE_TYPES, NODE_LEVEL_TYPES
 from reference.catalogue import KERNEL_TYPES, VLLM_BACKENDS, LaunchParameters, architecture, vllm_kernel_type
-from reference.problem import WIRES, Problem
+from reference.problem import Problem, block_width, wire_format
 
 #: Environment variable with the size of the symmetric heap; read once, when shmem initialises.
 HEAP_VARIABLE = "MORI_SHMEM_HEAP_SIZE"
+
+#: Environment variable with the blocks of a row for the blockwise combine codecs; read when an operator is built.
+SCALE_DIM_VARIABLE = "MORI_FP8_COMBINE_SCALE_DIM"
 
 #: torch's name of E2M1 codes, two to a byte.
 PACKED_FP4 = "float4_e2m1fn_x2"
@@ -43,7 +51,7 @@ def launch(problem: Problem, kernel_type: str, arch: str) -> Launch:
     """Kernel type and geometry behind a kernel type or a vLLM backend name.
 
     vLLM's names take vLLM's geometry; kernel types take the geometry of the architecture's catalogue entry. The
-    legacy InterNode kernel splits its blocks evenly over ranks (MoRI 624002c8, internode.hpp:137), so its block count
+    legacy InterNode kernel splits its blocks evenly over ranks (MoRI 624002c8, internode.hpp:138), so its block count
     is rounded up to a multiple of ``world_size``.
 
     Raises:
@@ -96,14 +104,14 @@ def config_arguments(problem: Problem, kernel_type: str, arch: str, rank: int) -
         "num_experts_per_token": problem.top_k,
         "warp_num_per_block": chosen.parameters.warp_num_per_block,
         "block_num": chosen.parameters.block_num,
-        "max_total_recv_tokens": 0,
-        "use_external_inp_buf": True,
+        "max_total_recv_tokens": receive_cap(problem),
+        "use_external_inp_buf": "zero-copy" not in problem.modes,
         "kernel_type": chosen.kernel_type,
         # The library's default of 8 aborts below 8 ranks.
         "gpu_per_node": problem.ranks_per_node,
         "rdma_block_num": chosen.parameters.rdma_block_num,
         "num_qp_per_pe": 1,
-        "quant_type": "none",
+        "quant_type": problem.codec or "none",
     }
 
 
@@ -115,11 +123,27 @@ def dispatch_dtype(problem: Problem, arch: str) -> str:
     """
     if not problem.wire:
         return problem.dtype
-    return architecture(arch).fp8.dtype if WIRES[problem.wire].payload == "fp8" else PACKED_FP4
+    return architecture(arch).fp8.dtype if wire_format(problem.wire).payload == "fp8" else PACKED_FP4
+
+
+@contextmanager
+def scale_dim(problem: Problem) -> Iterator[None]:
+    """Blocks of the problem's combine codec, in the environment, where the library reads them as it builds."""
+    before = os.environ.get(SCALE_DIM_VARIABLE)
+    if problem.scale_dim:
+        os.environ[SCALE_DIM_VARIABLE] = str(problem.scale_dim)
+    try:
+        yield
+    finally:
+        if problem.scale_dim:
+            if before is None:
+                del os.environ[SCALE_DIM_VARIABLE]
+            else:
+                os.environ[SCALE_DIM_VARIABLE] = before
 
 
 def heap_bytes(problem: Problem, kernel_type: str) -> int:
-    """Symmetric bytes that one operator takes on each rank (MoRI 624002c8, dispatch_combine.cpp:302-511).
+    """Symmetric bytes that one operator takes on each rank (MoRI 624002c8, dispatch_combine.cpp:302-557).
 
     Args:
         problem: sizes; W·M rows is the receive capacity R.
@@ -129,17 +153,22 @@ def heap_bytes(problem: Problem, kernel_type: str) -> int:
     received = problem.world_size * tokens
     payload = problem.hidden * problem.element_bytes
     groups, scale_size = wires.scale_shape(problem)
-    scales = groups * scale_size
-    transfer = payload + 8 * problem.top_k + 4 + scales
-    # Scales have a buffer on either side.
-    outputs = (received + tokens) * payload + 2 * received * scales
-    if kernel_type in INTRA_NODE_TYPES:
+    scales, blocks = groups * scale_size, 4 * problem.scale_dim
+    head = 8 * problem.top_k + 4
+    transfer = payload + head + scales
+    # Scales have a buffer on either side; the one for sending holds a combine codec's, too.
+    outputs = (received + tokens) * payload + received * (max(scales, blocks) + scales)
+    if kernel_type == "IntraNode" and blocks:
+        # Only this type sizes a staged row for the codec.
+        region = block_width(problem.hidden, 2) if problem.codec == "fp4_blockwise" else payload
+        staging = received * (region + head + blocks)
+    elif kernel_type in INTRA_NODE_TYPES:
         staging = received * transfer
     elif kernel_type in NODE_LEVEL_TYPES:
         staging = (3 * nodes * tokens + tokens + received) * transfer
     else:
         staging = 3 * received * transfer
-    metadata = 20 * received * problem.top_k + 4 * received * problem.experts_per_rank
+    metadata = 20 * received * problem.top_k + 4 * received * problem.experts_per_rank + 8 * nodes * tokens
     return staging + outputs + metadata + _SMALL_BUFFERS
 
 
@@ -180,10 +209,10 @@ def parse_size(text: str) -> int:
 
 
 def cco_arena_bytes(problem: Problem) -> int:
-    """Bytes of the arena that one operator takes from the cco communicator (dispatch_combine.cpp:211)."""
+    """Bytes of the arena that one operator takes from the cco communicator (dispatch_combine.cpp:212)."""
     return 6 * problem.world_size * problem.capacity * problem.hidden * problem.element_bytes + 256 * _MIB
 
 
 def cco_communicator_bytes(problem: Problem) -> int:
-    """Bytes of the process-wide cco communicator, fixed by the first operator (dispatch_combine.py:106)."""
+    """Bytes of the process-wide cco communicator, fixed by the first operator (dispatch_combine.py:115)."""
     return 6 * problem.world_size * problem.capacity * problem.hidden * problem.element_bytes + _GIB

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from conformance.cases import AnyCase, AnyCell
-from conformance.engine.pool import Pool, PoolKey, PoolStartError, Progress, Reply, signal_name
+from conformance.engine.pool import Pool, PoolKey, PoolStartError, Progress, Ranks, Reply, signal_name
 from conformance.engine.protocol import Answer, Build, Canary, Mismatch, Run
+from conformance.engine.world import LaunchedPool, World
 from conformance.rank.main import BACKEND_PHASE
 from conformance.verdicts import Verdict
 
@@ -62,6 +63,10 @@ class InfraError(RuntimeError):
     """The harness or the machine failed; never the product's fault."""
 
 
+class WorldEndedError(InfraError):
+    """The launched world is over; what was to run on it is not run."""
+
+
 class StartError(InfraError):
     """The backend does not initialise on this machine; another attempt would end the same way."""
 
@@ -89,11 +94,13 @@ class Driver:
         environment: Sequence[tuple[str, str]] = (),
         limits: Limits | None = None,
         progress: Progress | None = None,
+        world: World | None = None,
     ) -> None:
         self.backend, self._arch, self._device = backend, arch, device
         self._environment = tuple(environment)
         self.limits = limits or Limits()
-        self._pool: Pool | None = None
+        self._world = world
+        self._pool: Ranks | None = None
         self._cell: AnyCell | None = None
         self._durations: list[float] = []
         #: Positions of the GPUs that the caller leased; set before a case runs.
@@ -108,17 +115,44 @@ class Driver:
         """Let the pool finalise in order; what goes wrong then is kept in :attr:`teardown`."""
         if self._pool is not None:
             pool, self._pool = self._pool, None
-            outcome = _outcome_of(_guard(pool.close), "teardown")
+            reply = _guard(pool.close)
+            outcome = _outcome_of(reply, "teardown")
+            if reply.lost:
+                outcome = Outcome(Verdict.INFRA, "lost agent", text="; ".join(reply.lost.values()))
             if not outcome.passed:
                 self.teardown = outcome
         self._pool = self._cell = None
 
     def discard(self) -> None:
-        """Kill the pool at once; the next case gets a fresh one."""
+        """Kill the pool at once; the next case gets a fresh one.
+
+        Ranks of a launched world are let finalise, as long as nothing had to be killed there.
+        """
+        if self._world is not None and not self._world.ended:
+            self.close()
+            return
         pool, self._pool, self._cell = self._pool, None, None
         if pool is not None:
             self.restarts += 1
             _guard(pool.kill)
+
+    @property
+    def ended(self) -> str:
+        """Why no further case can run, because the launched world is over; empty if one can."""
+        return self._world.ended if self._world is not None else ""
+
+    def holds(self, cell: AnyCell) -> bool:
+        """Whether this driver has the ranks for a cell."""
+        return self._world is None or self._world.holds(cell.world_size, cell.nodes)
+
+    def _new_pool(self, key: PoolKey) -> Ranks:
+        if self._world is None:
+            return Pool(key, self._progress)
+        if self._world.ended:
+            raise WorldEndedError(f"the launched world is over: {self._world.ended}; start its agents again")
+        if key.world_size != self._world.world_size:
+            raise InfraError(f"{key.world_size} ranks were asked of a launched world of {self._world.world_size}")
+        return LaunchedPool(self._world, key, self._progress)
 
     def _ready_pool(self, cell: AnyCell) -> Outcome | None:
         """Have a pool with the cell's operator; the outcome of the attempt if it failed."""
@@ -127,7 +161,7 @@ class Driver:
             self.close()
         if self._pool is None:
             try:
-                self._pool = Pool(key, self._progress)
+                self._pool = self._new_pool(key)
             except PoolStartError as error:
                 self.restarts += 1
                 _raise_if_ours(error.reply, "start")
@@ -192,8 +226,12 @@ def _raise_if_ours(reply: Reply, stage: str) -> None:
     """Raise if a reply tells of a failure of the harness or the machine rather than of the product.
 
     Raises:
-        InfraError: lost lockstep, an exception in our own code, or a rank that got stuck before the backend was opened.
+        InfraError: a lost agent, lost lockstep, an exception in our own code, or a rank that got stuck before the
+            backend was opened.
     """
+    if reply.lost:
+        # Whatever the other ranks say then is its consequence.
+        raise InfraError(f"an agent of the launched world is gone during {stage}: {'; '.join(reply.lost.values())}")
     if reply.lost_lockstep:
         raise InfraError(f"lost lockstep during {stage}: {reply.lost_lockstep}")
     # A rank that dies takes the others' collectives down with it: its death explains their exceptions.
@@ -247,17 +285,26 @@ def _outcome_of(reply: Reply, stage: str, seconds: float = 0.0) -> Outcome:
     return Outcome(Verdict.PASS, ratio=max((a.ratio for a in reply.answers.values()), default=0.0), seconds=seconds)
 
 
-#: Checks in the order of the data flow: the first one that fails explains the later ones.
-_CHECK_ORDER = (
+#: Checks of one dispatch and combine, or of its replay.
+_OF_A_ROUND = (
     "dispatch.count",
     "dispatch.rows",
     "dispatch.payload",
     "dispatch.ids",
     "dispatch.weights",
+    "dispatch.scales",
+    "dispatch.expert_count",
     "dispatch.source_map",
     "dispatch.order",
+    "combine.codec",
     "combine.output",
     "combine.weights",
+)
+#: Every check, in the order of the data flow: the first one that fails explains the later ones.
+CHECKS = (
+    *_OF_A_ROUND,
+    *(f"replay.{check}" for check in _OF_A_ROUND),
+    "replay.inputs.modified",
     "quantise.layout",
     "quantise.scales",
     "quantise.codes",
@@ -306,7 +353,7 @@ def _progress(phase: str) -> tuple[int, int]:
 
 def _severity(answer: Answer) -> tuple[int, int, int]:
     assert answer.mismatch is not None
-    return answer.mismatch.round, _CHECK_ORDER.index(answer.mismatch.check), answer.rank
+    return answer.mismatch.round, CHECKS.index(answer.mismatch.check), answer.rank
 
 
 def _first(reply: Reply, status: str) -> Answer | None:

@@ -14,13 +14,14 @@ import shutil
 import signal
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from conformance.engine.protocol import Answer, Build, Canary, Command, Run, Stop, pack, unpack_answer
+from conformance.engine.protocol import Answer, Build, Canary, Command, Run, Stop, Trace, pack, unpack_answer
 from conformance.engine.stacks import rank_stack
 from conformance.rank.main import RankSetup, main, read_phase
 
@@ -65,7 +66,14 @@ class Reply:
     phases: dict[int, str] = field(default_factory=dict)
     stderr: dict[int, str] = field(default_factory=dict)
     lost_lockstep: str = ""
+    lost: dict[int, str] = field(default_factory=dict)  # ranks whose agent is gone, and how that was noticed
     alive: bool = True
+
+    def note(self, rank: int, trace: Trace) -> None:
+        """Keep what is left of a rank."""
+        self.phases[rank], self.stderr[rank] = trace.phase, trace.stderr
+        if trace.stack:
+            self.stacks[rank] = trace.stack
 
 
 @dataclass(frozen=True)
@@ -88,91 +96,72 @@ class PoolStartError(RuntimeError):
         self.reply = reply
 
 
-class Pool:
-    """``world_size`` rank processes of one backend."""
+class Ranks(ABC):
+    """Rank processes of one backend: what is common to those of a local pool and of a launched world.
 
-    def __init__(self, key: PoolKey, progress: Progress | None = None) -> None:
+    Pipes, sockets and sentinels are waited for together; a subclass sends, receives and gathers what
+    is left of a rank that did not answer.
+    """
+
+    def __init__(self, key: PoolKey, progress: Progress | None) -> None:
         self.key = key
         self._progress = progress or (lambda text: None)
         self._sequence = 0
         #: Stacks cost up to seconds per silent rank; a search that only asks whether it hangs does without.
         self.dump_stacks = True
-        self._directory = Path(tempfile.mkdtemp(prefix="ep-pool-"))
-        method = "forkserver" if key.device == "cpu" else "spawn"
-        context = multiprocessing.get_context(method)
-        if key.device == "cpu":
-            context.set_forkserver_preload(list(PRELOAD))
-        self._connections: list[Connection] = []
-        self._lifelines: list[Connection] = []
-        self._processes = []
-        started = time.monotonic()
-        for rank in range(key.world_size):
-            ours, theirs = context.Pipe()
-            watched, lifeline = context.Pipe(duplex=False)
-            where = f"cuda:{key.devices[rank] if key.devices else rank}" if key.device == "cuda" else key.device
-            setup = RankSetup(rank, key.world_size, where, key.backend, key.arch, str(self._directory), key.environment)
-            process = context.Process(  # type: ignore[attr-defined]
-                target=main, args=(setup, theirs, watched), name=f"ep-rank-{rank}", daemon=True
-            )
-            process.start()
-            theirs.close()
-            watched.close()
-            self._connections.append(ours)
-            self._lifelines.append(lifeline)
-            self._processes.append(process)
-        reply = self._collect(0, START_LIMIT_S[key.device])
-        self.start_seconds = time.monotonic() - started
-        self.preloaded = all(a.text == "preloaded" for a in reply.answers.values())
-        if len(reply.answers) < key.world_size or any(a.status != "ready" for a in reply.answers.values()):
-            self.kill()
-            raise PoolStartError(f"{key.world_size} ranks of backend {key.backend!r} did not start", reply)
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids, by rank."""
-        return [p.pid or -1 for p in self._processes]
 
     def command(self, make: type[Build] | type[Run] | type[Canary], limit_s: float, **fields: object) -> Reply:
         """Send one command to every rank and wait for all answers, a death, or the limit."""
         self._sequence += 1
         message: Command = make(sequence=self._sequence, limit_s=limit_s, **fields)  # type: ignore[arg-type]
-        data = pack(message)
-        for connection in self._connections:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a dead rank shows up in _collect
-                connection.send_bytes(data)
+        self._send(pack(message))
         return self._collect(self._sequence, limit_s)
 
     def close(self, limit_s: float = 30.0) -> Reply:
         """Let the ranks finalise in order; kill what does not. The reply tells how they ended."""
         self._sequence += 1
-        data = pack(Stop(self._sequence))
-        for connection in self._connections:
-            with contextlib.suppress(OSError):  # already dead
-                connection.send_bytes(data)
+        self._send(pack(Stop(self._sequence)))
         reply = self._collect(self._sequence, limit_s)
         self.kill()
         return reply
 
+    @abstractmethod
     def kill(self) -> None:
-        """SIGKILL every rank, reap it, and remove the pool's directory.
+        """End every rank at once.
 
         Raises:
-            TimeoutError: a rank does not die; the kernel holds it, as after a GPU hang.
+            TimeoutError: a rank does not die.
         """
-        for process in self._processes:
-            if process.is_alive():
-                process.kill()
-        deadline = time.monotonic() + KILL_LIMIT_S
-        for process in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        for end in (*self._connections, *self._lifelines):
-            end.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
-        stuck = [process.pid for process in self._processes if process.exitcode is None]
-        if stuck:
-            raise TimeoutError(
-                f"processes {stuck} outlive SIGKILL by {KILL_LIMIT_S:.0f} s; reset the machine or its GPUs"
-            )
+
+    @abstractmethod
+    def _send(self, data: bytes) -> None:
+        """Send a command to every rank; a rank that is gone shows up in :meth:`_collect`."""
+
+    @abstractmethod
+    def _sources(self, waiting: set[int]) -> dict[object, int]:
+        """What to wait for, and the rank it is about."""
+
+    @abstractmethod
+    def _receive(self, rank: int, sequence: int, reply: Reply) -> bool:
+        """Read one message or notice a death; True if nothing more is to come from this rank."""
+
+    @abstractmethod
+    def _examine(self, reply: Reply, waiting: set[int]) -> None:
+        """Fill in phases, stacks and last words of ranks that died or did not answer."""
+
+    @abstractmethod
+    def _where(self, rank: int) -> str:
+        """A rank and what it is doing, as far as that is known."""
+
+    def _started(self, reply: Reply) -> None:
+        """Kill what did not come up.
+
+        Raises:
+            PoolStartError: a rank is not ready.
+        """
+        if len(reply.answers) < self.key.world_size or any(a.status != "ready" for a in reply.answers.values()):
+            self.kill()
+            raise PoolStartError(f"{self.key.world_size} ranks of backend {self.key.backend!r} did not start", reply)
 
     def _collect(self, sequence: int, limit_s: float) -> Reply:
         reply = Reply()
@@ -180,9 +169,8 @@ class Pool:
         deadline, told = started + limit_s, started
         waiting = set(range(self.key.world_size))
         while waiting:
-            ends = {self._connections[r]: r for r in waiting}
-            sentinels = {self._processes[r].sentinel: r for r in waiting}
-            ready = wait([*ends, *sentinels], min(PROGRESS_S, max(0.0, deadline - time.monotonic())))
+            sources = self._sources(waiting)
+            ready = wait(list(sources), min(PROGRESS_S, max(0.0, deadline - time.monotonic())))  # type: ignore[arg-type]
             if time.monotonic() - told >= PROGRESS_S:
                 told = time.monotonic()
                 self._progress(f"{told - started:.0f} s: " + ", ".join(self._where(rank) for rank in sorted(waiting)))
@@ -190,54 +178,140 @@ class Pool:
                 if time.monotonic() >= deadline:
                     break
                 continue
-            for rank in sorted({ends[e] if e in ends else sentinels[e] for e in ready}):  # type: ignore[index]
+            for rank in sorted({sources[source] for source in ready}):
                 if self._receive(rank, sequence, reply):
                     waiting.discard(rank)
             if (
                 reply.dead
+                or reply.lost
                 or reply.lost_lockstep
                 or any(a.status in ("raised", "harness") for a in reply.answers.values())
             ):
                 deadline = min(deadline, time.monotonic() + GRACE_S)
-        self._conclude(reply, waiting)
+        # A rank that died by a signal may be noticed after the answer of the rank that it blocked.
+        reply.missing = sorted(waiting)
+        self._examine(reply, waiting)
+        failed = bool(reply.missing or reply.dead or reply.lost or reply.lost_lockstep)
+        reply.alive = not failed and all(a.status in ("ready", "pass", "fail") for a in reply.answers.values())
         return reply
+
+    @staticmethod
+    def _take(answer: Answer, rank: int, sequence: int, reply: Reply) -> None:
+        """Note an answer, or that it is none to the current command."""
+        if answer.sequence != sequence or answer.rank != rank:
+            reply.lost_lockstep = (
+                f"rank {rank} answered command {answer.sequence} as rank {answer.rank}; command {sequence} is current"
+            )
+        reply.answers[rank] = answer
+
+
+class Pool(Ranks):
+    """``world_size`` rank processes of one backend on this host."""
+
+    def __init__(self, key: PoolKey, progress: Progress | None = None) -> None:
+        super().__init__(key, progress)
+        self._directory = Path(tempfile.mkdtemp(prefix="ep-pool-"))
+        started = time.monotonic()
+        self._ranks: list[RankProcess] = []
+        for rank in range(key.world_size):
+            where = f"cuda:{key.devices[rank] if key.devices else rank}" if key.device == "cuda" else key.device
+            setup = RankSetup(rank, key.world_size, where, key.backend, key.arch, str(self._directory), key.environment)
+            self._ranks.append(RankProcess(setup))
+        reply = self._collect(0, START_LIMIT_S[key.device])
+        self.start_seconds = time.monotonic() - started
+        self.preloaded = all(a.text == "preloaded" for a in reply.answers.values())
+        self._started(reply)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, by rank."""
+        return [rank.process.pid or -1 for rank in self._ranks]
+
+    def _send(self, data: bytes) -> None:
+        for rank in self._ranks:
+            rank.send(data)
+
+    def kill(self) -> None:
+        """SIGKILL every rank, reap it, and remove the pool's directory.
+
+        Raises:
+            TimeoutError: a rank does not die; the kernel holds it, as after a GPU hang.
+        """
+        for rank in self._ranks:
+            if rank.process.is_alive():
+                rank.process.kill()
+        deadline = time.monotonic() + KILL_LIMIT_S
+        stuck = [rank.process.pid for rank in self._ranks if not rank.reap(deadline)]
+        shutil.rmtree(self._directory, ignore_errors=True)
+        if stuck:
+            raise TimeoutError(
+                f"processes {stuck} outlive SIGKILL by {KILL_LIMIT_S:.0f} s; reset the machine or its GPUs"
+            )
+
+    def _sources(self, waiting: set[int]) -> dict[object, int]:
+        pipes: dict[object, int] = {self._ranks[r].connection: r for r in waiting}
+        return pipes | {self._ranks[r].process.sentinel: r for r in waiting}
 
     def _where(self, rank: int) -> str:
         return f"rank {rank} in {read_phase(self._directory / f'phase-{rank}')}"
 
     def _receive(self, rank: int, sequence: int, reply: Reply) -> bool:
-        """Read one message or notice a death; True if nothing more is to come from this rank."""
+        one = self._ranks[rank]
         try:
-            if self._connections[rank].poll():
-                answer = unpack_answer(self._connections[rank].recv_bytes())
-                if answer.sequence != sequence or answer.rank != rank:
-                    reply.lost_lockstep = (
-                        f"rank {rank} answered command {answer.sequence} as rank {answer.rank}; "
-                        f"command {sequence} is current"
-                    )
-                reply.answers[rank] = answer
+            if one.connection.poll():
+                self._take(unpack_answer(one.connection.recv_bytes()), rank, sequence, reply)
                 return True
         except (EOFError, OSError):
-            self._processes[rank].join(GRACE_S)
-        exit_code = self._processes[rank].exitcode
-        if exit_code is None:
+            one.process.join(GRACE_S)
+        if one.process.exitcode is None:
             return False
-        reply.dead[rank] = exit_code
+        reply.dead[rank] = one.process.exitcode
         return True
 
-    def _conclude(self, reply: Reply, waiting: set[int]) -> None:
-        # A rank that died by a signal may be noticed after the answer of the rank that it blocked.
-        reply.missing = sorted(waiting)
+    def _examine(self, reply: Reply, waiting: set[int]) -> None:
         for rank in range(self.key.world_size):
             if rank in waiting or rank in reply.dead:
-                reply.phases[rank] = read_phase(self._directory / f"phase-{rank}")
-                stack_file = self._directory / f"stack-{rank}.txt"
-                pid = self._processes[rank].pid if rank in waiting else None
-                reply.stderr[rank] = _tail(self._directory / f"stderr-{rank}.txt")
-                if self.dump_stacks:
-                    reply.stacks[rank] = rank_stack(stack_file, pid)
-        failed = bool(reply.missing or reply.dead or reply.lost_lockstep)
-        reply.alive = not failed and all(a.status in ("ready", "pass", "fail") for a in reply.answers.values())
+                pid = self._ranks[rank].process.pid if rank in waiting else None
+                reply.note(rank, trace_of(self._directory, rank, pid, stack=self.dump_stacks))
+
+
+class RankProcess:
+    """A rank process on this host, its pipe, and the lifeline by which it ends with this process."""
+
+    def __init__(self, setup: RankSetup) -> None:
+        on_cpu = setup.device == "cpu"
+        context = multiprocessing.get_context("forkserver" if on_cpu else "spawn")
+        if on_cpu:
+            context.set_forkserver_preload(list(PRELOAD))
+        self.connection, theirs = context.Pipe()
+        watched, self._lifeline = context.Pipe(duplex=False)
+        self.process = context.Process(  # type: ignore[attr-defined]
+            target=main, args=(setup, theirs, watched), name=f"ep-rank-{setup.rank}", daemon=True
+        )
+        self.process.start()
+        theirs.close()
+        watched.close()
+
+    def send(self, data: bytes) -> None:
+        """Send a command; a dead rank is noticed by its sentinel."""
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(data)
+
+    def reap(self, deadline: float) -> bool:
+        """Wait for a process that was killed and close its pipes; False if it did not die in time."""
+        self.process.join(max(0.0, deadline - time.monotonic()))
+        for end in (self.connection, self._lifeline):
+            end.close()
+        return self.process.exitcode is not None
+
+
+def trace_of(directory: Path, rank: int, pid: int | None, *, stack: bool) -> Trace:
+    """What a rank left in its pool's directory; ``pid`` is None if it is dead."""
+    return Trace(
+        phase=read_phase(directory / f"phase-{rank}"),
+        stderr=_tail(directory / f"stderr-{rank}.txt"),
+        stack=rank_stack(directory / f"stack-{rank}.txt", pid) if stack else "",
+    )
 
 
 def _tail(path: Path) -> str:

@@ -80,6 +80,15 @@ class Stop(msgspec.Struct, tag="stop"):
 
 Command = Build | Run | Canary | Stop
 
+
+class Trace(msgspec.Struct):
+    """What is left of a rank that died or did not answer. Empty where nothing is known."""
+
+    phase: str = "unknown"
+    stderr: str = ""  # its last lines: libraries that abort say why there
+    stack: str = ""
+
+
 Status = Literal["ready", "pass", "fail", "raised", "harness"]
 
 

@@ -12,12 +12,14 @@ from typing import Any, get_args
 
 import msgspec
 
-from conformance.cases import Case, Cell, Explicit, LayerCase, Round, Rows, Values, expand
+from conformance.cases import Case, Cell, Explicit, LayerCase, Round, Rows, Values, expand, row_step
 from conformance.engine import layer_steps
 from conformance.rank.routing import wire_rows
 
 Row = tuple[int, ...]
 
+#: The wire that others are replaced by: one scale for a row.
+PLAIN_WIRE = "fp8_token"
 #: Hidden sizes below the planned ones are no simpler.
 PLAIN_HIDDEN = 32
 #: Kinds of values, plainest first.
@@ -50,14 +52,24 @@ def size(case: Case) -> tuple[Any, ...]:
         cell.capacity,
         cell.hidden,
         (cell.mode != "drained", cell.placement != "linear"),
+        (len(cell.modes), bool(cell.codec), cell.scale_dim, _wire_cost(cell), sum(bool(r.hidden) for r in rounds)),
         layer_steps.size(case) if isinstance(case, LayerCase) else (),
         sum(bool(r.delays_ms) for r in rounds),
-        sum(_VALUES.index(r.values) for r in rounds),
+        sum(_order(case).index(r.values) for r in rounds),
         sum(r.seed for r in rounds),
         sum(rank * len(tokens) for one in rows for rank, tokens in enumerate(one)),
         _total_cost(row for one in rows for tokens in one for row in tokens),
         rows,
     )
+
+
+def _wire_cost(cell: Cell) -> int:
+    return (PLAIN_WIRE, cell.wire).index(cell.wire) + 1 if cell.wire else 0
+
+
+def _order(case: Case) -> list[Values]:
+    """Kinds of values, plainest first. A codec carries small integers as they are and leaves what they show alone."""
+    return sorted(_VALUES, key=lambda kind: (case.cell.codec != "" and kind != "edges", _VALUES.index(kind)))
 
 
 def row_cost(row: Row) -> tuple[int, int]:
@@ -196,7 +208,7 @@ def _moved(case: Case, low: int, high: int, rounds: tuple[int, ...]) -> Iterator
 
 def plain_settings(case: Case) -> Case:
     """Drained, without delays, small integers, seed 0, linear placement: all at once."""
-    plain = with_rounds(linear(case), delays_ms=(), values="integers", seed=0)
+    plain = with_rounds(linear(case), delays_ms=(), values=_order(case)[0], seed=0, hidden=0)
     return msgspec.structs.replace(plain, cell=msgspec.structs.replace(plain.cell, mode="drained"))
 
 
@@ -215,13 +227,38 @@ def settings(case: Case) -> Iterator[Case]:
     yield linear(case)
     yield msgspec.structs.replace(case, cell=msgspec.structs.replace(case.cell, mode="drained"))
     yield with_cell(case, nodes=1)
-    choices: tuple[dict[str, Any], ...] = ({"delays_ms": ()}, {"values": "integers"}, {"seed": 0}, {"seed": 1})
+    yield from plainer_calls(case)
+    choices: tuple[dict[str, Any], ...] = (
+        {"delays_ms": ()},
+        {"hidden": 0},
+        {"values": "integers"},
+        {"values": _order(case)[0]},
+        {"seed": 0},
+        {"seed": 1},
+    )
     for change in choices:
         yield with_rounds(case, **change)
     for index, a_round in enumerate(case.rounds):
         for change in choices:
             one = msgspec.structs.replace(a_round, **change)
             yield msgspec.structs.replace(case, rounds=(*case.rounds[:index], one, *case.rounds[index + 1 :]))
+
+
+def plainer_calls(case: Case) -> Iterator[Case]:
+    """Rows in their element type, without codec, or calls without one of their modes."""
+    cell = case.cell
+    if cell.modes:
+        yield with_cell(case, modes=())
+        for mode in cell.modes:
+            yield with_cell(case, modes=tuple(other for other in cell.modes if other != mode))
+    if cell.codec:
+        yield with_cell(case, codec="", scale_dim=0)
+    if cell.scale_dim > 1:
+        yield with_cell(case, scale_dim=1)
+    if cell.wire:
+        yield with_cell(case, wire="")
+        if cell.wire != PLAIN_WIRE:
+            yield with_cell(case, wire=PLAIN_WIRE)
 
 
 def plain(case: Case) -> Iterator[Case]:
@@ -235,7 +272,7 @@ def _plain_geometry(case: Case) -> Iterator[Case]:
     for slot in range(case.cell.top_k):
         one = only_slot(case, slot)
         for few in (*itertools.islice(fewer_experts(one), 2), one):
-            yield with_cell(few, hidden=min(case.cell.hidden, PLAIN_HIDDEN))
+            yield with_cell(few, hidden=min(case.cell.hidden, _plain_hidden(case.cell)))
 
 
 def only_slot(case: Case, slot: int) -> Case:
@@ -278,12 +315,17 @@ def _shrunk(expert: int, old: int, new: int, wrap: bool) -> int:
     return rank * new + (slot % new if wrap else min(slot, new - 1))
 
 
+def _plain_hidden(cell: Cell) -> int:
+    """The fewest elements worth trying that the wire and the codec divide evenly."""
+    return -(-PLAIN_HIDDEN // row_step(cell)) * row_step(cell)
+
+
 def fewer_elements(case: Case) -> Iterator[Case]:
     """A shorter row."""
-    hidden = case.cell.hidden
-    if hidden > PLAIN_HIDDEN:
-        yield with_cell(case, hidden=PLAIN_HIDDEN)
-        yield with_cell(case, hidden=max(PLAIN_HIDDEN, hidden // 2))
+    hidden, least = case.cell.hidden, _plain_hidden(case.cell)
+    if hidden > least:
+        yield with_cell(case, hidden=least)
+        yield with_cell(case, hidden=max(least, hidden // 2))
     if isinstance(case, LayerCase):
         yield from layer_steps.fewer_elements(case)
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from functools import partial
 
 from accelerated.aiter_ops.backend import AiterBackend
+from accelerated.mori_ep.backend import MoriBackend
 from conformance.faults.backends import faulty
+from conformance.faults.call_catalogue import CALL_FAULTS
 from conformance.faults.catalogue import FAULTS, PROCESS_FAULTS, Fault, Minimum
 from conformance.faults.layer_backends import FaultyBackend, faulty_layer
 from conformance.faults.layer_catalogue import LAYER_FAULTS, LayerFault
@@ -38,6 +40,7 @@ native_wait = partial(faulty, "native_wait")
 blocked_in_gloo = partial(faulty, "blocked_in_gloo")
 
 __all__ = [
+    "CALL_FAULTS",
     "FAULTS",
     "LAYER_FAULTS",
     "PROCESS_FAULTS",
@@ -50,8 +53,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Callable[[str], AiterBackend | FaultyBackend]:
-    """The factory of a fault of the row operators, of experts or of layers."""
+def __getattr__(name: str) -> Callable[[str], AiterBackend | FaultyBackend | MoriBackend]:
+    """The factory of a fault of a way of calling, of the row operators, of experts or of layers."""
+    if name in CALL_FAULTS:
+        return partial(faulty, name)
     if name in ROW_FAULTS:
         return partial(faulty_rows, name)
     if name in LAYER_FAULTS:

@@ -29,6 +29,9 @@ class Minimum:
         nodes: nodes.
         capacity: tokens per rank, or None if the fault does not depend on it and the original's stays.
         mode: free-running only where a drained run does not show the fault.
+        wire: format of dispatch that the fault needs.
+        codec: format of combine that the fault needs.
+        modes: ways of calling that the fault needs.
     """
 
     world_size: int
@@ -38,6 +41,9 @@ class Minimum:
     nodes: int = 1
     capacity: int | None = None
     mode: Mode = "drained"
+    wire: str = ""
+    codec: str = ""
+    modes: tuple[str, ...] = ()
 
 
 def _everywhere(kernel_type: str, nodes: int) -> bool:

@@ -18,8 +18,15 @@ def coefficients(expert: int) -> tuple[int, int]:
     return 2 + expert % 13, expert % 61 - 30
 
 
-def dense_experts(names: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def scaling_coefficient(expert: int) -> float:
+    """``a_e`` of a scaling expert."""
+    return 2.0 ** (expert % 3 - 1)
+
+
+def dense_experts(names: torch.Tensor, x: torch.Tensor, *, scaling: bool = False) -> torch.Tensor:
     """``f_e(x)`` row by row, in the precision of ``x [n, H]``; ``names [n]`` are global experts."""
+    if scaling:
+        return torch.exp2((names % 3 - 1).to(x.dtype)).unsqueeze(1) * x
     return (2 + names % 13).to(x.dtype).unsqueeze(1) * x + (names % 61 - 30).to(x.dtype).unsqueeze(1)
 
 
@@ -30,10 +37,13 @@ class LocalExperts:
         owned = owned_experts(cell.experts, cell.world_size, rank, cell.placement)
         table = torch.tensor([coefficients(e) for e in owned], dtype=torch.float32, device=device)
         self._a, self._b = table[:, 0], table[:, 1]
+        self._scaling = torch.tensor([scaling_coefficient(e) for e in owned], device=device)
         self._experts = cell.experts
         self._slot_of = _wire_map(cell, rank, device)
 
-    def __call__(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *, scaling: bool = False
+    ) -> torch.Tensor:
         """Weighted sum over the local slots: ``[R, H]`` in the dtype of ``rows``, zero for rows without local slot.
 
         ``ids [R, k]`` are ids as dispatched; undefined rows (stale ids, NaN) give undefined results and never fault.
@@ -43,6 +53,10 @@ class LocalExperts:
         local = known & (slot >= 0)
         slot = slot.clamp(min=0)
         weight = torch.where(local, weights, 0.0)
+        if scaling:
+            # Products with powers of two are exact; what has no local slot is +0, whatever the row holds.
+            scale = (weight * self._scaling[slot]).sum(1, keepdim=True)
+            return torch.where(scale > 0, rows.float() * scale, 0.0).to(rows.dtype)
         scale = (weight * self._a[slot]).sum(1, keepdim=True)
         offset = (weight * self._b[slot]).sum(1, keepdim=True)
         return (rows.float() * scale + offset).to(rows.dtype)

@@ -8,7 +8,7 @@ and hangs (the driver's), and row order beyond what the contract promises.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,9 @@ class ExpectedRows:
     keys: torch.Tensor
     rows: torch.Tensor
     ids: torch.Tensor
-    weights: torch.Tensor
+    weights: torch.Tensor | None  # None: none are dispatched
+    scales: torch.Tensor | None = None
+    expert_count: torch.Tensor | None = None  # None: not asked for
 
 
 @dataclass
@@ -42,15 +44,22 @@ class Observed:
     combined_weights: torch.Tensor | None
     inputs: Inputs  # the tensors that were handed to the backend
     source_map_promised: bool = False
+    scales: torch.Tensor | None = None
+    expert_count: torch.Tensor | None = None
 
 
 @dataclass
 class ExpectedResult:
-    """What combine must return: the acceptance interval ``[n, H]`` and the weights ``[n, k]``."""
+    """What combine must return: the acceptance interval ``[n, H]`` and the weights ``[n, k]``.
+
+    Where a codec was asked for, ``otherwise`` gives the interval of a sum for which what ``swapped`` says is true.
+    """
 
     output: Interval
     weights: torch.Tensor
     dtype: torch.dtype
+    otherwise: Callable[[], Interval] | None = None
+    swapped: str = ""
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -82,7 +91,7 @@ def judge_dispatch(
         message = f"received {count} rows in a buffer of {room}, expected {expected_count}"
         message += f"; {detail}" if detail else ""
         return Mismatch("dispatch.count", index, message, got=str(count), wanted=str(expected_count))
-    rows, ids, weights = seen.rows[:count], seen.ids[:count], seen.weights[:count]
+    rows = seen.rows[:count]
     tags = read_tags(rows).cpu()
     keys = tags[:, :2]
     width = 1 << 32
@@ -92,24 +101,49 @@ def judge_dispatch(
     if stale or not torch.equal(keys[order], want.keys):
         return Mismatch("dispatch.rows", index, _row_set_difference(seen, want, count, index, stamp))
     on_device = order.to(rows.device)
-    for name, got, wanted in (
-        ("payload", rows[on_device], want.rows),
-        ("ids", ids[on_device], want.ids),
-        ("weights", weights[on_device], want.weights),
-    ):
-        if not same_bits(got, wanted):
-            return _unequal(f"dispatch.{name}", index, got, wanted, want.keys)
+    for name, got, wanted in _columns(seen, want):
+        if not same_bits(got[:count][on_device], wanted):
+            return _unequal(f"dispatch.{name}", index, got[:count][on_device], wanted, want.keys)
+    if mismatch := _bad_expert_count(index, seen, want):
+        return mismatch
     return _bad_source_map(index, seen, keys) or _bad_order(index, keys, flat, contract.row_order)
+
+
+def _columns(seen: Observed, want: ExpectedRows) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """What is received of a row: name, tensor seen, tensor wanted."""
+    columns = [("payload", seen.rows, want.rows), ("ids", seen.ids, want.ids)]
+    if want.weights is not None:
+        columns.append(("weights", seen.weights, want.weights))
+    if want.scales is not None:
+        assert seen.scales is not None  # the guard asks for them
+        columns.append(("scales", seen.scales, want.scales))
+    return columns
+
+
+def _bad_expert_count(index: int, seen: Observed, want: ExpectedRows) -> Mismatch | None:
+    """Compare the received slots of every local expert, duplicates included and masked slots not, with the routing."""
+    if want.expert_count is None:
+        return None
+    assert seen.expert_count is not None  # the guard asks for it
+    if torch.equal(seen.expert_count, want.expert_count):
+        return None
+    expert = int((seen.expert_count != want.expert_count).nonzero()[0])
+    return Mismatch(
+        "dispatch.expert_count",
+        index,
+        f"local expert {expert} is counted in {int(seen.expert_count[expert])} received slots; the routing sends "
+        f"{int(want.expert_count[expert])}",
+        got=str(seen.expert_count.tolist()[:64]),
+        wanted=str(want.expert_count.tolist()[:64]),
+        bound="0 (a count)",
+    )
 
 
 def _malformed(index: int, seen: Observed, want: ExpectedRows) -> Mismatch | None:
     """Received tensors whose element type, width or number of rows is not the contract's."""
     room = seen.rows.shape[0]
-    for check, got, wanted in (
-        ("dispatch.payload", seen.rows, want.rows),
-        ("dispatch.ids", seen.ids, want.ids),
-        ("dispatch.weights", seen.weights, want.weights),
-    ):
+    for name, got, wanted in _columns(seen, want):
+        check = f"dispatch.{name}"
         shape = [room, *wanted.shape[1:]]
         if list(got.shape) != shape or got.dtype != wanted.dtype:
             message = f"received {list(got.shape)} {got.dtype} in a buffer of {room} rows"
@@ -210,7 +244,7 @@ def judge_combine(
         ratio = expected.error_over_bound(seen.output)
         worst = float(ratio.max())
         if not worst <= 1.0:
-            return _bad_output(index, seen, expected, ratio), worst
+            return _bad_codec(index, seen, want, ratio) or _bad_output(index, seen, expected, ratio), worst
     return judge_weights(index, seen, want, contract), worst
 
 
@@ -223,6 +257,17 @@ def judge_weights(index: int, seen: Observed, want: ExpectedResult, contract: Co
     if seen.combined_weights.dtype != want.weights.dtype or not torch.equal(seen.combined_weights, want.weights):
         return _unequal_weights(index, seen.combined_weights, want.weights)
     return None
+
+
+def _bad_codec(index: int, seen: Observed, want: ExpectedResult, ratio: torch.Tensor) -> Mismatch | None:
+    """The failure of an output that is right for the opposite of what the contract says of the codec."""
+    if want.otherwise is None:
+        return None
+    if not bool((want.otherwise().error_over_bound(seen.output) <= 1).all()):
+        return None
+    bad = _bad_output(index, seen, want.output, ratio)
+    bad.check, bad.message = "combine.codec", f"{want.swapped}: {bad.message}, and all are what that gives"
+    return bad
 
 
 def _bad_output(index: int, seen: Observed, expected: Interval, ratio: torch.Tensor) -> Mismatch:
@@ -263,7 +308,8 @@ def _unequal_weights(index: int, got: torch.Tensor, wanted: torch.Tensor) -> Mis
 
 def judge_inputs(index: int, handed: Inputs, pristine: Inputs) -> Mismatch | None:
     """Prove that the backend left its inputs alone."""
-    for name in ("rows", "ids", "weights"):
-        if not same_bits(getattr(handed, name), getattr(pristine, name)):
+    for name in ("rows", "ids", "weights", "scales"):
+        own, before = getattr(handed, name), getattr(pristine, name)
+        if before is not None and not same_bits(own, before):
             return Mismatch("inputs.modified", index, f"the backend changed its input {name}")
     return None

@@ -45,6 +45,7 @@ class RankSetup(msgspec.Struct, frozen=True):
     arch: str
     directory: str  # of this pool generation: store, phase files, stack files
     environment: tuple[tuple[str, str], ...]
+    rendezvous: str = ""  # prefix in torchrun's store, if the world was launched from outside; "" is a file
 
 
 def write_phase(buffer: mmap.mmap, name: str, index: int) -> None:

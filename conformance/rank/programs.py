@@ -3,8 +3,9 @@
 Everything the backend must not wait for is done first: inputs and expected results of every round. *Drained* then
 synchronises after each call and reads counts and source maps; *free-running* runs every round without host sync,
 without a collective of ours and without ``.item()``, cloning outputs on the same stream, because those would act as
-barriers and hide the races users hit. Judging starts after the last round. What a drained pass does not prove: that
-back-to-back rounds are safe; that is what free-running is for.
+barriers and hide the races users hit. Judging starts after the last round. In the mode ``handle`` every round is
+followed by its replay, with rows, weights and scales of its own. What a drained pass does not prove: that back-to-back
+rounds are safe; that is what free-running is for.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 
 from accelerated.contract import Accumulation, Contract, ReceiveLayout
 from accelerated.interface import Operation, RankContext, Received
-from conformance.cases import Case, Rows, expand
+from conformance.cases import MAX_REPLAYED, Case, Rows, expand
 from conformance.engine.protocol import Mismatch
+from conformance.rank.elements import elements
 from conformance.rank.experts import LocalExperts, dense_experts
 from conformance.rank.guard import synchronise
 from conformance.rank.inputs import DTYPES, INTEGER_GRID, Inputs, round_inputs, stamp_of
@@ -33,9 +35,12 @@ from conformance.rank.phases import SetPhase
 from conformance.rank.routing import wire_rows
 from reference import dispatch_combine, oracle
 from reference.bounds import combine_acceptance
+from reference.combine_numerics import CombineCodec
 from reference.intervals import Interval
 
 Expectation = tuple[ExpectedRows, ExpectedResult]
+#: (round, whether it is the replay).
+Step = tuple[int, bool]
 
 
 def _grid(case: Case, index: int) -> float | None:
@@ -65,52 +70,95 @@ class Program:
         every_row = self._contract.receive_layout is ReceiveLayout.EVERY_ROW
         only = None if every_row or self._by_oracle(case) else context.rank
         routings = [wire_rows(case.cell, expand(case.cell, r.routing, only)) for r in case.rounds]
-        inputs = [round_inputs(case, i, context.rank, r, context.device, self._run) for i, r in enumerate(routings)]
+        replays = (False, True) if "handle" in case.cell.modes else (False,)
+        steps = [(index, replayed) for index in range(len(case.rounds)) for replayed in replays]
+        inputs = [self._inputs(case, step, context.rank, routings[step[0]]) for step in steps]
         handed = [one.clone() for one in inputs]
         phase("expected", 0)
-        expected = [self._expect(case, i, routing, inputs[i]) for i, routing in enumerate(routings)]
-        seen = [self._round(case, i, one, phase) for i, one in enumerate(handed)]
+        expected = [self._expect(case, step, routings[step[0]], one) for step, one in zip(steps, inputs, strict=True)]
+        seen: list[Observed] = []
+        received: Received | None = None
+        for (index, replayed), one in zip(steps, handed, strict=True):
+            found, received = self._round(case, index, one, phase, received if replayed else None)
+            seen.append(found)
         phase("judge", 0)
-        return self._judge(case, inputs, seen, expected)
+        return self._judge(case, steps, inputs, seen, expected)
+
+    def _inputs(self, case: Case, step: Step, source: int, routing: Rows) -> Inputs:
+        index, replayed = step
+        return round_inputs(case, index, source, routing, self._context.device, self._run, replayed=replayed)
 
     # ------------------------------------------------------------------ expected results
     def _by_oracle(self, case: Case) -> bool:
         return self._judged_by == "oracle" or case.cell.check == "placement"
 
-    def _expect(self, case: Case, index: int, routing: Rows, inputs: Inputs) -> Expectation:
+    def _expect(self, case: Case, step: Step, routing: Rows, inputs: Inputs) -> Expectation:
         if self._by_oracle(case):
-            return self._expected_rows(case, index, routing), self._result_of_oracle(case, index, routing, inputs)
+            return self._expected_rows(case, step, routing), self._result_of_oracle(case, step[0], routing, inputs)
         cell, contract = case.cell, self._contract
         sent = dispatch_combine.dispatch(
             inputs.rows,
             inputs.ids,
             inputs.weights,
+            inputs.scales,
             experts_per_rank=cell.experts // cell.world_size,
             group=self._context.group,
         )
         nodes = cell.nodes if contract.node_levels else 1
-        outputs = self._experts(sent.rows, sent.ids, sent.weights)
+        outputs = self._answers(case, step[0], sent.rows, sent.ids, sent.weights)
         back = dispatch_combine.combine(
             outputs, sent, sent.weights, fold=contract.fold, nodes=nodes, group=self._context.group
         )
-        acceptance = combine_acceptance(
-            back.terms,
-            back.destinations,
-            outputs.dtype,
-            nodes=nodes,
-            element_accumulation=contract.accumulation is Accumulation.ELEMENT,
-            grid=_grid(case, index),
-        )
-        assert back.weights is not None
-        result = ExpectedResult(acceptance, back.weights, outputs.dtype)
-        if contract.receive_layout is ReceiveLayout.EVERY_ROW:
-            return self._expected_rows(case, index, routing), result
-        keys = torch.stack([sent.source_rank, sent.source_token], dim=1).cpu()
-        return ExpectedRows(keys, sent.rows, sent.ids, sent.weights), result
+        grid = _grid(case, step[0])
 
-    def _expected_rows(self, case: Case, index: int, routing: Rows) -> ExpectedRows:
+        def accepted(codec: CombineCodec | None) -> Interval:
+            return combine_acceptance(
+                back.terms,
+                back.destinations,
+                outputs.dtype,
+                nodes=nodes if codec is None or codec.rounds_partials else 1,
+                element_accumulation=contract.accumulation is Accumulation.ELEMENT,
+                grid=grid,
+                codec=codec,
+            )
+
+        assert back.weights is not None
+        result = ExpectedResult(accepted(contract.codec), back.weights, outputs.dtype)
+        if contract.codec is not None:
+            result.otherwise, result.swapped = lambda: accepted(None), f"{contract.codec.name} did not run"
+        elif contract.ignored_codec is not None:
+            ignored = contract.ignored_codec
+            result.otherwise = lambda: accepted(ignored)
+            result.swapped = f"{ignored.name} ran where the contract says that it is ignored"
+        if contract.receive_layout is ReceiveLayout.EVERY_ROW:
+            return self._expected_rows(case, step, routing), result
+        keys = torch.stack([sent.source_rank, sent.source_token], dim=1).cpu()
+        rows = Inputs(sent.rows, sent.ids, sent.weights, sent.scales)
+        return self._received(case, keys, rows), result
+
+    def _received(self, case: Case, keys: torch.Tensor, rows: Inputs) -> ExpectedRows:
+        """What a rank is to see of the rows it receives."""
+        cell = case.cell
+        weights = None if "weightless" in cell.modes else rows.weights
+        count = None
+        if "expert count" in cell.modes:
+            per_rank = cell.experts // cell.world_size
+            local = rows.ids.long() - self._context.rank * per_rank
+            local = local[(local >= 0) & (local < per_rank)]
+            count = torch.bincount(local, minlength=per_rank).to(torch.int32)
+        return ExpectedRows(keys, rows.rows, rows.ids, weights, rows.scales, count)
+
+    def _answers(
+        self, case: Case, index: int, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What this rank's experts make of rows as they were received."""
+        kind = case.rounds[index].values
+        x = elements(rows, case.cell, kind, DTYPES[case.cell.dtype])
+        return self._experts(x, ids, _applied(case, weights), scaling=kind == "edges")
+
+    def _expected_rows(self, case: Case, step: Step, routing: Rows) -> ExpectedRows:
         """Rows this rank must receive, each built again from its source's draws."""
-        cell, device = case.cell, self._context.device
+        cell = case.cell
         if self._contract.receive_layout is ReceiveLayout.EVERY_ROW:
             keys = [(source, token) for source, rows in enumerate(routing) for token in range(len(rows))]
         else:
@@ -120,22 +168,23 @@ class Program:
         for source, token in keys:
             tokens.setdefault(source, []).append(token)
         # The keys ascend by source, and so do these.
-        parts = [round_inputs(case, index, s, routing, device, self._run).pick(t) for s, t in tokens.items()]
-        parts = parts or [round_inputs(case, index, 0, routing, device).pick([])]
-        columns = [torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "ids", "weights")]
-        return ExpectedRows(torch.tensor(keys, dtype=torch.int64).reshape(-1, 2), columns[0], columns[1], columns[2])
+        parts = [self._inputs(case, step, s, routing).pick(t) for s, t in tokens.items()]
+        parts = parts or [self._inputs(case, step, 0, routing).pick([])]
+        names = ("rows", "ids", "weights", *(() if parts[0].scales is None else ("scales",)))
+        columns = Inputs(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        return self._received(case, torch.tensor(keys, dtype=torch.int64).reshape(-1, 2), columns)
 
     def _result_of_oracle(self, case: Case, index: int, routing: Rows, inputs: Inputs) -> ExpectedResult:
-        cell, device = case.cell, self._context.device
+        cell, device, kind = case.cell, self._context.device, case.rounds[index].values
         # Under round-robin placement position p of the rank-major list of owned experts is physical id p.
         names = torch.arange(cell.experts)
         if cell.placement == "round_robin":
             names = torch.cat([torch.arange(r, cell.experts, cell.world_size) for r in range(cell.world_size)])
         answer = oracle.layer_output(
-            inputs.rows,
+            elements(inputs.rows, cell, kind, DTYPES[cell.dtype]),
             routing[self._context.rank],
-            inputs.weights,
-            lambda ids, x: dense_experts(names[ids], x),
+            _applied(case, inputs.weights),
+            lambda ids, x: dense_experts(names[ids], x, scaling=kind == "edges"),
             experts_per_rank=cell.experts // cell.world_size,
             world_size=cell.world_size,
             dtype=DTYPES[cell.dtype],
@@ -147,13 +196,21 @@ class Program:
         return ExpectedResult(acceptance, answer.weights.float().to(device), DTYPES[cell.dtype])
 
     # ------------------------------------------------------------------ the backend
-    def _round(self, case: Case, index: int, inputs: Inputs, phase: SetPhase) -> Observed:
+    def _round(
+        self, case: Case, index: int, inputs: Inputs, phase: SetPhase, cached: Received | None
+    ) -> tuple[Observed, Received]:
+        """One dispatch and combine; a replay of ``cached`` if it is given."""
         delays = case.rounds[index].delays_ms
-        if delays and delays[self._context.rank]:
+        if delays and delays[self._context.rank] and cached is None:
             time.sleep(delays[self._context.rank] / 1000)
         drained = case.cell.mode == "drained"
-        phase("prepare", index)
-        received = self._operation.prepare(inputs.rows, inputs.ids, inputs.weights)
+        if cached is None:
+            phase("prepare", index)
+            received = self._prepare(inputs)
+        else:
+            phase("replay", index)
+            assert cached.replay is not None
+            received = cached.replay(inputs.rows, inputs.weights, inputs.scales)
         source_map = None
         promised = drained and self._contract.source_map
         if drained:
@@ -163,42 +220,85 @@ class Program:
                 source_map = received.source_map()
         phase("experts", index)
         kept = (received.rows.clone(), received.ids.clone(), received.weights.clone(), received.count.clone())
-        outputs = self._poisoned_outputs(received, drained)
+        scales = None if received.scales is None else received.scales.clone()
+        counted = None if received.expert_count is None else received.expert_count.clone()
+        outputs = self._poisoned_outputs(case, index, received, drained)
         phase("finalize", index)
         combined = self._operation.finalize(outputs, received)
         if drained:
             self._synchronise()
         weights = None if combined.weights is None else combined.weights.clone()
-        return Observed(*kept, source_map, combined.output.clone(), weights, inputs, source_map_promised=promised)
+        found = Observed(
+            *kept,
+            source_map,
+            combined.output.clone(),
+            weights,
+            inputs,
+            source_map_promised=promised,
+            scales=scales,
+            expert_count=counted,
+        )
+        return found, received
 
-    def _poisoned_outputs(self, received: Received, drained: bool) -> torch.Tensor:
-        """Expert rows for the valid prefix, NaN beyond it, in a buffer as long as the received one."""
+    def _prepare(self, inputs: Inputs) -> Received:
+        given = (inputs.rows, inputs.ids, inputs.weights)
+        if inputs.scales is None:
+            return self._operation.prepare(*given)
+        return self._operation.prepare(*given, inputs.scales)
+
+    def _poisoned_outputs(self, case: Case, index: int, received: Received, drained: bool) -> torch.Tensor:
+        """Expert rows for the valid prefix and NaN beyond it, in the backend's buffer or in one as long."""
         rows, ids, weights = received.rows, received.ids, received.weights
         if drained:
             count = min(max(int(received.count.item()), 0), rows.shape[0])
-            outputs = torch.full_like(rows, torch.nan)
-            outputs[:count] = self._experts(rows[:count], ids[:count], weights[:count])
+            valid = self._answers(case, index, rows[:count], ids[:count], weights[:count])
+            outputs = valid.new_empty(rows.shape[0], valid.shape[1]) if received.buffer is None else received.buffer
+            outputs[count:] = torch.nan
+            outputs[:count] = valid
             return outputs
-        valid = torch.arange(rows.shape[0], device=rows.device) < received.count
-        return torch.where(valid.unsqueeze(1), self._experts(rows, ids, weights), torch.nan)
+        is_valid = torch.arange(rows.shape[0], device=rows.device) < received.count
+        answers = torch.where(is_valid.unsqueeze(1), self._answers(case, index, rows, ids, weights), torch.nan)
+        if received.buffer is None:
+            return answers
+        received.buffer[: answers.shape[0]] = answers
+        return received.buffer
 
     def _synchronise(self) -> None:
         synchronise(self._context.device)
 
     # ------------------------------------------------------------------ judging
     def _judge(
-        self, case: Case, inputs: list[Inputs], seen: list[Observed], expected: list[Expectation]
+        self,
+        case: Case,
+        steps: list[Step],
+        inputs: list[Inputs],
+        seen: list[Observed],
+        expected: list[Expectation],
     ) -> tuple[Mismatch | None, float]:
         worst = 0.0
-        for index, (one, (rows, result)) in enumerate(zip(seen, expected, strict=True)):
-            mismatch = judge_dispatch(index, one, rows, self._contract, stamp_of(index, self._run))
-            if mismatch is None and case.rounds[index].values == "bits":
+        for (index, replayed), pristine, one, (rows, result) in zip(steps, inputs, seen, expected, strict=True):
+            stamp = stamp_of(index, self._run, replayed=replayed)
+            mismatch = judge_dispatch(index, one, rows, self._contract, stamp)
+            if mismatch is None and not case.cell.wire and case.rounds[index].values == "bits":
                 # They hold NaN and infinities: what is summed of them means nothing, but the weights do.
                 mismatch = judge_weights(index, one, result, self._contract)
             elif mismatch is None:
                 mismatch, ratio = judge_combine(index, one, result, self._contract)
                 worst = max(worst, ratio)
-            mismatch = mismatch or judge_inputs(index, one.inputs, inputs[index])
+            mismatch = mismatch or judge_inputs(index, one.inputs, pristine)
             if mismatch is not None:
-                return mismatch, worst
+                return _of_replay(mismatch) if replayed else mismatch, worst
         return None, worst
+
+
+def _applied(case: Case, weights: torch.Tensor) -> torch.Tensor:
+    """The weights that the experts apply: where none are dispatched there are none to apply."""
+    return torch.ones_like(weights) if "weightless" in case.cell.modes else weights
+
+
+def _of_replay(mismatch: Mismatch) -> Mismatch:
+    """A mismatch named as the replay's."""
+    cached = (mismatch.round - MAX_REPLAYED) % 256
+    mismatch.check = f"replay.{mismatch.check}"
+    mismatch.message = f"{mismatch.message} (rows of the dispatch that is replayed are said to be of round {cached})"
+    return mismatch

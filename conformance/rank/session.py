@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from accelerated.contract import exchange
 from accelerated.experts import ExpertContract, LayerContract
-from accelerated.interface import Combined, Operation, RankContext, Received
+from accelerated.interface import RankContext
 from accelerated.operators import NormContract, NormOperation, NormResult, QuantContract, QuantOperation, QuantResult
 from accelerated.registry import backend
 from accelerated.routers import RouteContract
@@ -28,11 +27,13 @@ from conformance.engine.protocol import Mismatch
 from conformance.rank.expert_program import ExpertProgram
 from conformance.rank.experts import LocalExperts
 from conformance.rank.guard import backend_code, expect_tensor
+from conformance.rank.guarded_exchange import GuardedExchange
 from conformance.rank.guarded_layers import GuardedExperts, GuardedLayer, Together
 from conformance.rank.guarded_routers import GuardedRouter
 from conformance.rank.layer_program import LayerProgram
 from conformance.rank.main import RankSetup
 from conformance.rank.programs import Program
+from conformance.rank.rendezvous import store_of
 from conformance.rank.row_programs import RowProgram
 from conformance.rank.sort_program import SortProgram
 from conformance.row_cases import RowCase, RowCell
@@ -40,51 +41,6 @@ from conformance.row_cases import RowCase, RowCell
 
 class HarnessError(Exception):
     """Something of ours is inconsistent."""
-
-
-class _Guarded:
-    """An operation whose exceptions are marked as the backend's."""
-
-    def __init__(self, operation: Operation, hidden: int, top_k: int) -> None:
-        self._operation = operation
-        self._hidden, self._top_k = hidden, top_k
-
-    def prepare(
-        self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
-    ) -> Received:
-        with backend_code():
-            # A backend that knows no wire formats may lack the argument.
-            given = (rows, ids, weights) if scales is None else (rows, ids, weights, scales)
-            received = self._operation.prepare(*given)
-            capacity = received.rows.shape[0]
-            # A wire's codes are as many as were sent: half as many elements as the row has where they are packed.
-            _expect("rows", received.rows, (capacity, self._hidden if scales is None else rows.shape[1]), rows.dtype)
-            if scales is not None:
-                _expect("scales", received.scales, (capacity, scales.shape[1]), scales.dtype)
-            elif received.scales is not None:
-                raise TypeError("scales came back from a dispatch without wire; the interface asks for None")
-            _expect("ids", received.ids, (capacity, self._top_k), torch.int32)
-            _expect("weights", received.weights, (capacity, self._top_k), torch.float32)
-            _expect("count", received.count, (1,), torch.int32)
-        if received.source_map is not None:
-            inner = received.source_map
-
-            def guarded() -> torch.Tensor:
-                with backend_code():
-                    return inner()
-
-            received.source_map = guarded
-        return received
-
-    def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
-        with backend_code():
-            combined = self._operation.finalize(expert_rows, received)
-            _expect("output", combined.output, tuple(combined.output.shape), expert_rows.dtype)
-            return combined
-
-    def close(self) -> None:
-        with backend_code():
-            self._operation.close()
 
 
 class _GuardedQuantiser:
@@ -149,18 +105,6 @@ def _expect_kind(name: str, got: object, kind: type, *, optional: bool = False) 
         raise TypeError(f"{name} is {type(got).__name__}; the interface asks for {kind.__name__}")
 
 
-def _expect(name: str, got: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Malformed results are the backend's failure and must not trip our own code later.
-
-    Raises:
-        TypeError: ``got`` is no tensor of that shape and element type.
-    """
-    if not isinstance(got, torch.Tensor):
-        raise TypeError(f"{name} is {type(got).__name__}; the interface asks for a tensor")
-    if tuple(got.shape) != shape or got.dtype != dtype:
-        raise TypeError(f"{name} is {list(got.shape)} {got.dtype}; the interface asks for {list(shape)} {dtype}")
-
-
 class RankSession:
     """Everything a rank keeps between commands."""
 
@@ -173,12 +117,9 @@ class RankSession:
         if cuda:
             torch.cuda.set_device(device)
         phase("process group", 0)
-        store = dist.FileStore(  # type: ignore[attr-defined]
-            str(Path(setup.directory) / "store"), setup.world_size
-        )
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=store,
+            store=store_of(setup),
             rank=setup.rank,
             world_size=setup.world_size,
             timeout=datetime.timedelta(hours=1),  # the driver's limits are the ones that count
@@ -206,7 +147,8 @@ class RankSession:
         if isinstance(cell, LayerCell):
             self._program = self._layer_program(cell, built, contract)
             return
-        self._operation = _Guarded(built, cell.hidden, cell.top_k)
+        per_rank = cell.experts // cell.world_size
+        self._operation = GuardedExchange(built, cell.hidden, cell.top_k, per_rank, cell.modes)
         experts = LocalExperts(cell, self._context.rank, self._context.device)
         self._program = Program(self._context, self._operation, exchange(contract), self._backend.judged_by, experts)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from accelerated.interface import Backend
@@ -37,12 +38,21 @@ class RunCase(Protocol):
 class Analysis:
     """Rates, reduces and confirms failures."""
 
-    def __init__(self, run: RunCase, budget_s: float) -> None:
+    def __init__(
+        self,
+        run: RunCase,
+        budget_s: float,
+        forbidden: Callable[[AnyCase, Outcome], bool] = lambda case, outcome: False,
+    ) -> None:
         self._run = run
         self._budget_s = budget_s
+        self._forbidden = forbidden  # cases that a search for the minimum of an outcome must leave alone
 
     def complete(self, driver: Driver, made: Backend, failure: Failure, *, reduce: bool) -> None:
         """Fill in rate, minimal case and confirmation of ``failure``, in place."""
+        if driver.ended:
+            failure.cut_short = f"the launched world is over ({driver.ended})"
+            return
         try:
             failure.failed, failure.repeats = self._rate(driver, failure.original, failure.outcome)
             attempts = 1
@@ -117,7 +127,9 @@ class Analysis:
             return False
 
         def allowed(candidate: AnyCase) -> bool:
-            return costly < driver.limits.hang_budget and kinds.legal(made, candidate)
+            if costly >= driver.limits.hang_budget or self._forbidden(candidate, failure.outcome):
+                return False
+            return driver.holds(candidate.cell) and kinds.legal(made, candidate)
 
         reduction = kinds.reduced(failure.minimal, fails, allowed, budget_s)
         reduction.exhausted = reduction.exhausted or costly >= driver.limits.hang_budget

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,26 +18,26 @@ import msgspec
 import pytest
 
 from accelerated.contract import Standing
-from accelerated.experts import SEPARATOR
 from accelerated.interface import Finding
-from accelerated.layer import JOIN, halves_of
+from accelerated.layer import halves_of
 from accelerated.mori_ep.backend import torch_builds
-from accelerated.mori_ep.contract import resolve
 from accelerated.mori_ep.launch import session_heap_bytes
 from accelerated.mori_ep.library import probe_mori
 from accelerated.operators import Family, operators_of
 from accelerated.registry import BackendError, backend
 from conformance import __version__
-from conformance.cases import AnyCase, AnyCell, CaseError, Cell, LayerCell, decode
+from conformance.cases import AnyCase, AnyCell, CaseError, LayerCell, decode
 from conformance.engine.lease import core_slots
 from conformance.row_cases import RowCase, RowCell
-from conformance.suite import kinds, preflight
+from conformance.suite import kinds, launched, preflight
 from conformance.suite.cells import Plan, PlannedCell, Unsupported
+from conformance.suite.kernels import refuse_unexpected
 from conformance.suite.options import Options, prepare_output
 from conformance.suite.plan import make_plan
 from conformance.suite.records import RecordWriter, RunRecord
+from conformance.suite.waiver_state import waiver_states
 from conformance.verdicts import ExitCode
-from reference.catalogue import architecture, architectures
+from reference.catalogue import architectures
 
 #: Cases worth running on every backend, whatever found them.
 CORPUS = Path(__file__).parents[2] / "fixtures" / "corpus"
@@ -70,15 +68,21 @@ def fit_to_machine(options: Options) -> tuple[Options, Machine]:
         findings += [f for f in each.preflight(options.device) if f not in findings]
     mori = any(half.name == "mori" and not half.standin for each in made for half in halves_of(each))
     devices: list[preflight.Device] = []
+    if options.device != "cuda":
+        refuse_unexpected(options, devices)
     if options.device == "cuda" and not findings:
         try:
             devices = preflight.visible_devices()
         except RuntimeError as error:
             findings.append(Finding(str(error), "make sure that torch works on this machine"))
         else:
+            refuse_unexpected(options, devices)
             options = _fit_to_devices(options, devices)
             if mori:
                 findings += preflight.check_memory(devices, session_heap_bytes(_ranks(options, devices)))
+    if mori:
+        hosts = len(options.launched.hosts) if options.launched is not None else 1
+        findings += preflight.check_rdma(options.transport, hosts)
     if mori and not probe_mori():
         # Whatever else is wrong: a library that does not import is told in its own words.
         findings += preflight.check_mori(next((d.arch for d in devices), ""))
@@ -95,6 +99,8 @@ def fit_to_machine(options: Options) -> tuple[Options, Machine]:
 
 def _ranks(options: Options, devices: Sequence[preflight.Device]) -> int:
     """Most ranks of a case; what is wider than the machine does not run."""
+    if options.launched is not None:
+        return options.launched.ranks
     return min(max(options.ep_sizes), len(devices)) if devices else max(options.ep_sizes)
 
 
@@ -103,10 +109,10 @@ def _fit_to_devices(options: Options, devices: list[preflight.Device]) -> Option
     if not devices:
         raise pytest.UsageError("--device is cuda and torch sees no GPU; make one visible or give --device cpu")
     sizes = options.ep_sizes
-    if not options.ep_sizes_given:
+    if not options.ep_sizes_given and options.launched is None:
         sizes = tuple(size for size in sizes if size <= len(devices))
     # The cases of a replay are looked at one by one.
-    if options.tier != "replay" and max(sizes) > len(devices):
+    if options.tier != "replay" and options.launched is None and max(sizes) > len(devices):
         raise pytest.UsageError(
             f"--ep-sizes asks for {max(sizes)} GPUs and {len(devices)} are visible; "
             f"give --ep-sizes up to {len(devices)}"
@@ -123,30 +129,6 @@ def _fit_to_devices(options: Options, devices: list[preflight.Device]) -> Option
     return replace(options, ep_sizes=sizes, arch=arch)
 
 
-def compile_kernels(options: Options, plan: Plan) -> None:
-    """Have MoRI compile the kernels of every planned kernel type, in processes that nothing of ours kills.
-
-    Its compile lock has no owner and no timeout: a rank killed while it compiles would block every later run. Ctrl-C
-    does not reach the compiler either, which runs in a session of its own.
-    """
-    if options.device != "cuda":
-        return
-    arch = architecture(options.arch)
-    wanted = set()
-    for cell in (planned.cell for planned in plan.cells):
-        if not isinstance(cell, Cell) or cell.backend.partition(JOIN)[0] != "mori":
-            continue
-        problem = Cell.problem(cell) if isinstance(cell, LayerCell) else cell.problem()
-        wanted.add(resolve(cell.kernel_type.partition(SEPARATOR)[0], problem, arch))
-    for name in sorted(wanted):
-        print(f"ep-conformance: MoRI compiles {name}, which may take minutes", flush=True)
-        command = [sys.executable, "-m", "accelerated.mori_ep.warmup", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
-        if done.returncode:
-            last = " | ".join(done.stderr.strip().splitlines()[-4:])
-            pytest.exit(f"preflight: MoRI does not compile {name}: {last}", returncode=ExitCode.INFRASTRUCTURE)
-
-
 def plan_of(options: Options) -> Plan:
     """The plan that follows from the options."""
     made = [(n, backend(n, options.arch), False) for n in options.backends]
@@ -160,6 +142,7 @@ def plan_of(options: Options) -> Plan:
         models=options.models,
         only_models=options.only_models,
         device=options.device,
+        launched_nodes=options.launched.nodes if options.launched is not None else 0,
     )
     if options.tier == "explore" and plan.cells:
         # As many cells run at a time as there are workers with a core, or device sets, to lease.
@@ -168,6 +151,7 @@ def plan_of(options: Options) -> Plan:
         plan = Plan(tuple(replace(cell, seconds=share) for cell in plan.cells), plan.unsupported)
     if options.tier != "replay":
         _check_sizes(options, plan)
+        plan = launched.kept(plan, options)
     return plan
 
 
@@ -276,6 +260,7 @@ def open_run(
     gpus: Sequence[str] = (),
 ) -> None:
     """Write the opening record of a run."""
+    yardsticks = tuple(p.cell.label for p in selected if is_yardstick(p, options))
     directory.mkdir(parents=True, exist_ok=True)
     names = (*options.backends, *options.companions)
     writer = RecordWriter(directory / "controller.jsonl")
@@ -291,8 +276,11 @@ def open_run(
             planned=tuple(p.cell.label for p in selected),
             unsupported=tuple(msgspec.to_builtins(vars(u)) for u in unsupported),
             unclaimed=tuple(p.cell.label for p in selected if not p.claimed),
-            yardsticks=tuple(p.cell.label for p in selected if is_yardstick(p, options)),
+            yardsticks=yardsticks,
             caveats=_caveats(names, options),
+            transport=options.transport,
+            world=f"{options.launched.text}: {', '.join(options.launched.hosts)}" if options.launched else "",
+            waivers=waiver_states(options, selected, yardsticks),
         )
     )
     writer.close()
@@ -361,6 +349,8 @@ def _refusal(case: AnyCase, options: Options, gpus: int | None) -> str:
     if support.standing is Standing.REFUSED or cell.kernel_type not in offered:
         reason = support.reason or f"choose one of {', '.join(made.kernel_types)}"
         return f"backend {cell.backend!r} does not take kernel type {cell.kernel_type!r} with this problem: {reason}"
+    if options.launched is not None:
+        return launched.misfit(cell.world_size, cell.nodes, options.launched)
     if gpus is not None and cell.world_size > gpus:
         return f"the case needs {cell.world_size} GPUs and {gpus} are visible"
     return ""

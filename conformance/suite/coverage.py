@@ -42,10 +42,20 @@ def classes(case: Case) -> tuple[str, ...]:
             hit.add("rank receives nothing")
         if a_round.delays_ms:
             hit.add("delayed rank")
+        if a_round.hidden:
+            hit.add("narrow rows")
+        if a_round.values == "edges":
+            hit.add("values edges")
     return tuple(sorted(hit))
 
 
-def required(world_size: int, *, masked: bool) -> frozenset[str]:
-    """Classes without which a cell's checks mean nothing; ``masked`` if part of its budget is for masked slots."""
+def required(world_size: int, *, masked: bool, coded: bool = False) -> frozenset[str]:
+    """Classes without which a cell's checks mean nothing.
+
+    Args:
+        world_size: of the cell.
+        masked: part of its budget is for masked slots.
+        coded: combine carries rows in a codec, or is asked to.
+    """
     crossing = {"row crosses ranks"} if world_size > 1 else set()
-    return frozenset(crossing | ({"masked slot"} if masked else set()))
+    return frozenset(crossing | ({"masked slot"} if masked else set()) | ({"values edges"} if coded else set()))

@@ -6,7 +6,7 @@ What the words leave out: rows beyond the first few; the stored case has them.
 from __future__ import annotations
 
 from accelerated.operators import Family
-from conformance.cases import AnyCase, Case, Explicit, LayerCase
+from conformance.cases import AnyCase, Case, Cell, Explicit, LayerCase
 from conformance.row_cases import BIASES, Pattern, RowCase
 
 _SHOWN_TOKENS = 12
@@ -42,13 +42,14 @@ def _exchange(case: Case) -> list[str]:
     cell = case.cell
     lines = [
         f"case {case.id}: {cell.world_size} ranks on {cell.nodes} node(s), hidden {cell.hidden}, {cell.experts} "
-        f"experts, top-{cell.top_k}, capacity {cell.capacity}, {cell.dtype}, {cell.mode}"
+        f"experts, top-{cell.top_k}, capacity {cell.capacity}, {cell.dtype}, {cell.mode}{_manner(cell)}"
     ]
     for index, a_round in enumerate(case.rounds):
         counts = case.token_counts()[index]
         delays = f", delays {list(a_round.delays_ms)} ms" if a_round.delays_ms else ""
         lines.append(
             f"  round {index}: tokens per rank {list(counts)}, values {a_round.values}, seed {a_round.seed}{delays}"
+            + (f", rows of {a_round.hidden} elements" if a_round.hidden else "")
         )
         if not isinstance(a_round.routing, Explicit):
             lines.append(f"    recipe {a_round.routing.archetype}")
@@ -58,6 +59,14 @@ def _exchange(case: Case) -> list[str]:
         if len(tokens) > _SHOWN_TOKENS:
             lines.append(f"    and {len(tokens) - _SHOWN_TOKENS} more tokens (see case.json)")
     return lines
+
+
+def _manner(cell: Cell) -> str:
+    """How rows travel and calls are made, where that is not plain."""
+    parts = [f"dispatched as {cell.wire}"] if cell.wire else []
+    if cell.codec:
+        parts.append(f"combined as {cell.codec}" + (f" in {cell.scale_dim} blocks" if cell.scale_dim else ""))
+    return "".join(f", {part}" for part in (*parts, *cell.modes))
 
 
 def _rows(case: RowCase) -> list[str]:

@@ -11,6 +11,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerated.mori_ep import transports
 from conformance.cases import AnyCase, LayerCase, encode
 from conformance.engine.driver import Outcome
 from conformance.row_cases import RowCase
@@ -22,6 +23,7 @@ from conformance.verdicts import Verdict
 
 STANDIN_MARK = "STAND-IN: a software double, no AMD hardware was tested"
 DEFAULT_ARCH = "gfx942"
+_ENTRY = 'if __name__ == "__main__":'
 
 
 @dataclass
@@ -43,6 +45,9 @@ class Failure:
     device: str = "cpu"
     arch: str = DEFAULT_ARCH
     caveat: str = ""  # what the backend says about its own results off its hardware
+    transport: str = ""  # of MoRI's puts within a host, where it is not the default
+    world: str = ""  # address of the launched world that it happened on
+    nodes: int = 1  # of the launched world
 
     @property
     def verdict(self) -> Verdict:
@@ -53,6 +58,7 @@ class Failure:
         """Verdict, check, and where."""
         cell = self.minimal.cell
         nodes = f", {cell.nodes} nodes" if cell.nodes > 1 else ""
+        nodes += f", transport {self.transport}" if self.transport else ""
         return (
             f"{self.verdict.value} {self.outcome.check}: {self.backend} {cell.kernel_type} EP {cell.world_size}{nodes}"
         )
@@ -73,8 +79,16 @@ class Failure:
         world_size = self.minimal.cell.world_size
         options = f" --device {self.device}" if self.device != "cpu" else ""
         options += f" --arch {self.arch}" if self.arch != DEFAULT_ARCH else ""
+        options += f" --transport {self.transport}" if self.transport else ""
+        options += f" --world {self.world}" if self.world else ""
         lines.append(f"replay:      pytest conformance --replay {case_file}{options}")
-        lines.append(f"stand-alone: torchrun --standalone --nproc-per-node {world_size} {reproduce}")
+        started = f"--standalone --nproc-per-node {world_size}"
+        if self.world:
+            started = f"--nnodes {self.nodes} --nproc-per-node {world_size // self.nodes} --rdzv-endpoint HOST:PORT"
+        lines.append(f"stand-alone: torchrun {started} {reproduce}")
+        if self.world:
+            agents = f"torchrun with -m conformance.agent {self.world} in the place of the script"
+            lines.append(f"The stand-alone command is for every node; so is, beside the replay, {agents}.")
         return "\n".join(lines)
 
     def _history(self) -> str:
@@ -101,15 +115,25 @@ class Failure:
         (self.directory / "case.json").write_bytes(encode(self.minimal))
         (self.directory / "original.json").write_bytes(encode(self.original))
         if isinstance(self.minimal, LayerCase):
-            (self.directory / "reproduce.py").write_text(layer_script(self.minimal, self.device, self.arch))
+            self._store_script(layer_script(self.minimal, self.device, self.arch))
         elif isinstance(self.minimal, RowCase):
             for name, content in row_files(self.minimal, self.device, self.arch, self.outcome.check).items():
                 (self.directory / name).write_bytes(content)
         else:
-            (self.directory / "reproduce.py").write_text(script(self.minimal, self.device, self.arch))
+            self._store_script(script(self.minimal, self.device, self.arch))
         for rank, stack in self.outcome.stacks.items():
             (self.directory / f"stack-rank{rank}.txt").write_text(stack)
         (self.directory / "report.txt").write_text(self.report() + "\n")
+
+    def _store_script(self, text: str) -> None:
+        """Write the stand-alone script, with the environment that chooses the transport."""
+        if self.transport:
+            chosen = dict(transports.TRANSPORTS[self.transport])
+            before, mark, after = text.rpartition(_ENTRY)
+            assert mark, "the script has no entry point"
+            text = f"{before}# Transport {self.transport}; read when the library initialises.\n"
+            text += f"os.environ.update({chosen!r})\n\n{mark}{after}"
+        (self.directory / "reproduce.py").write_text(text)
 
 
 class ConformanceFailure(AssertionError):

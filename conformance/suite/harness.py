@@ -8,34 +8,33 @@ from the records.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any
+from functools import partial
+from typing import NoReturn
 
-from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
-from hypothesis.database import DirectoryBasedExampleDatabase
-from hypothesis.strategies import SearchStrategy
+import pytest
 
 from accelerated.interface import Backend
 from accelerated.registry import backend
-from conformance import __version__
 from conformance.cases import AnyCase, AnyCell
 from conformance.engine.driver import Driver, InfraError, Limits, Outcome, StartError
 from conformance.engine.pool import stop_forkserver
+from conformance.engine.world import World
 from conformance.suite import kinds
 from conformance.suite.analysis import Analysis
 from conformance.suite.cells import PlannedCell
-from conformance.suite.draws import isolate_draws
+from conformance.suite.drawing import Drawing
 from conformance.suite.failure import ConformanceFailure, Failure, failure_type
-from conformance.suite.options import Options
+from conformance.suite.options import Options, transport_of
 from conformance.suite.records import BeginRecord, CellRecord, EndRecord, RecordWriter
 from conformance.suite.resources import Resources
 from conformance.suite.summary import YARDSTICK_OFF
+from conformance.suite.waived import UnexpectedPassError, Watch
+from conformance.suite.waivers import forbidden, in_force
 from conformance.verdicts import Verdict
 
 
@@ -47,6 +46,7 @@ class Tally:
     classes: set[str] = field(default_factory=set)
     worst: float = 0.0
     failure: Failure | None = None
+    lacking: int = 0  # of the budget, for waivers
 
 
 class Harness:
@@ -59,14 +59,18 @@ class Harness:
         devices: tuple[str, ...] = (),
         limits: Limits | None = None,
         following: Callable[[], AnyCell | None] = lambda: None,
+        world: World | None = None,
     ) -> None:
         self.options = options
         self.following = following  # the cell that this worker runs next, if it is known
         self._writer = writer
-        self._resources = Resources(options, devices, limits, progress=self._tell, on_teardown=self._torn_down)
+        self._resources = Resources(
+            options, devices, limits, progress=self._tell, on_teardown=self._torn_down, world=world
+        )
+        self._waivers = in_force(options.waivers, options)
+        self._drawing = Drawing(options)
         self._unusable: dict[str, str] = {}
         self._driver: Driver
-        isolate_draws()
 
     def close(self) -> None:
         """End the pool, and the forkserver with it."""
@@ -95,35 +99,81 @@ class Harness:
 
     # ------------------------------------------------------------------ one cell
     def check(self, planned: PlannedCell) -> None:
-        """Run a cell and raise if it failed.
+        """Run a cell and raise if it failed; one that is waived ends as pytest's xfail, or its skip if quarantined.
 
         Raises:
             ConformanceFailure: the product failed; its type is named after (verdict, check).
             InfraError: the harness or the machine failed.
             MistrustedError: the data drawn were too degenerate to mean anything.
+            UnexpectedPassError: what a waiver says fails does not.
         """
         made = backend(planned.cell.backend, self.options.arch)
+        tally, watch = Tally(), self._watch(planned, made)
+        if watch.quarantine is not None:
+            self._quarantined(planned, made, watch)
         contract = made.contract(planned.cell.problem(), planned.cell.kernel_type)
-        tally = Tally()
-        with self._cell(planned, made, tally):
+        with self._cell(planned, made, tally, watch):
             for case in kinds.fixed_cases(planned, contract):
-                self._examine(planned, made, case, tally)
+                if not watch.avoids(case):
+                    self._examine(planned, made, case, tally)
             parts = kinds.drawn_parts(planned.cell, contract, planned.examples)
-            for name, examples, strategy in parts:
-                self._draw(planned, strategy, examples, name, lambda case: self._examine(planned, made, case, tally))
-            missing = kinds.required(planned, contract, parts) - tally.classes
+            for part in parts:
+                tally.lacking += self._drawing.draw(
+                    planned, part, watch, lambda case: self._examine(planned, made, case, tally)
+                )
+            missing = kinds.required(planned, contract, parts) - tally.classes - watch.classes
             if missing and tally.failure is None:  # a finding ends the drawing early
                 raise MistrustedError(f"no case of {planned.cell.label} has: {', '.join(sorted(missing))}")
+            if watch.unsampled and tally.failure is None:
+                self._drawing.seek(planned, parts, watch)
+            self._sample(planned, made, tally, watch)
+        self._conclude(watch, tally)
 
     def replay(self, case: AnyCase, planned: PlannedCell) -> None:
         """Run one recorded case and raise if it fails; it is not reduced again."""
         made = backend(case.cell.backend, self.options.arch)
-        tally = Tally()
-        with self._cell(planned, made, tally):
-            self._examine(planned, made, case, tally, origin="replay")
+        tally, watch = Tally(), self._watch(planned, made)
+        if watch.avoids(case) and not watch.samples():
+            self._quarantined(planned, made, watch)
+        with self._cell(planned, made, tally, watch):
+            self._sample(planned, made, tally, watch, reduce=False)
+            if not watch.samples():
+                self._examine(planned, made, case, tally, origin="replay")
+        self._conclude(watch, tally)
+
+    # ------------------------------------------------------------------ waivers
+    def _watch(self, planned: PlannedCell, made: Backend) -> Watch:
+        """The waivers of a cell; by what the others are judged is never waived."""
+        yardstick = planned.companion and made.judged_by == "oracle"
+        return Watch(() if yardstick else self._waivers, planned.cell)
+
+    def _quarantined(self, planned: PlannedCell, made: Backend, watch: Watch) -> NoReturn:
+        """Record what is never launched, and skip it."""
+        text = watch.told()
+        self._record(planned, made, Tally(), watch, Verdict.QUARANTINED, text, 0.0)
+        pytest.skip(f"{Verdict.QUARANTINED.value}: {text}")
+
+    def _sample(self, planned: PlannedCell, made: Backend, tally: Tally, watch: Watch, *, reduce: bool = True) -> None:
+        """Run a few of the cases that waivers took out; what fails in another way than they say is a failure."""
+        for case in watch.samples():
+            if tally.failure is not None or not watch.wanted(case):
+                continue
+            outcome = self._run(self._driver, case, "waived", first=True)
+            if not watch.settle(case, outcome):
+                tally.distinct.add(case.id)
+                self._failed(planned, made, case, tally, outcome, reduce=reduce)
+
+    def _conclude(self, watch: Watch, tally: Tally) -> None:
+        """Tell pytest of a cell of which nothing but what is waived failed."""
+        if tally.failure is not None or watch.verdict is Verdict.PASS:
+            return
+        text = f"{watch.verdict.value}: {watch.told()}"
+        if watch.verdict is Verdict.XPASS:
+            raise UnexpectedPassError(text)
+        pytest.xfail(text)
 
     @contextmanager
-    def _cell(self, planned: PlannedCell, made: Backend, tally: Tally) -> Iterator[None]:
+    def _cell(self, planned: PlannedCell, made: Backend, tally: Tally, watch: Watch) -> Iterator[None]:
         """Lease, run the body, write the cell's record whatever happens."""
         with self._resources.hold(planned.cell, self.following()) as self._driver:
             started = time.monotonic()
@@ -132,6 +182,7 @@ class Harness:
                 if made.name in self._unusable:
                     raise InfraError(self._unusable[made.name])
                 yield
+                verdict, reason = watch.verdict, watch.told()
             except StartError as error:
                 # Every further cell would spend the same time on the same end.
                 self._unusable[made.name] = reason = str(error)
@@ -161,64 +212,37 @@ class Harness:
                             Verdict.INFRA,
                             f"{YARDSTICK_OFF} with the oracle: {tally.failure.headline}",
                         )
-                self._writer.write(
-                    CellRecord(
-                        label=planned.cell.label,
-                        cell=planned.cell,
-                        verdict=verdict,
-                        standin=made.standin,
-                        companion=planned.companion,
-                        distinct=len(tally.distinct),
-                        planned=planned.examples,
-                        ratio=tally.worst,
-                        seconds=time.monotonic() - started,
-                        reason=reason,
-                        failure=str(tally.failure.directory) if tally.failure else "",
-                        summary=tally.failure.headline if tally.failure else "",
-                    )
-                )
+                self._record(planned, made, tally, watch, verdict, reason, time.monotonic() - started)
 
-    def _draw(
+    def _record(
         self,
         planned: PlannedCell,
-        strategy: SearchStrategy[Any],
-        examples: int,
-        part: str,
-        examine: Callable[[AnyCase], None],
+        made: Backend,
+        tally: Tally,
+        watch: Watch,
+        verdict: Verdict,
+        reason: str,
+        seconds: float,
     ) -> None:
-        """Draw the cell's cases. In explore, batches with fresh seeds until the cell's share of the budget is spent."""
-        explore = self.options.tier == "explore"
-        database = DirectoryBasedExampleDatabase(self.options.output / "hypothesis" / "examples") if explore else None
-        deadline = time.monotonic() + planned.seconds
-        raised: list[Exception] = []
-        for batch in count():
-            run_settings = settings(
-                max_examples=examples,
-                deadline=None,
-                derandomize=False,  # Hypothesis sets it where CI is set; the seed below is what counts everywhere
-                database=database,
-                phases=(Phase.explicit, Phase.reuse, Phase.generate) if explore else (Phase.explicit, Phase.generate),
-                report_multiple_bugs=False,
-                suppress_health_check=(HealthCheck.too_slow,),
-                verbosity=Verbosity.quiet,
+        """Write the record of a cell."""
+        self._writer.write(
+            CellRecord(
+                label=planned.cell.label,
+                cell=planned.cell,
+                verdict=verdict,
+                standin=made.standin,
+                companion=planned.companion,
+                distinct=len(tally.distinct),
+                planned=planned.examples,
+                ratio=tally.worst,
+                seconds=seconds,
+                reason=reason,
+                failure=str(tally.failure.directory) if tally.failure else "",
+                summary=tally.failure.headline if tally.failure else "",
+                waived=tuple(share.record() for share in watch.shares),
+                lacking=tally.lacking,
             )
-
-            @seed(_seed(planned.cell, part, self.options.seed + batch if explore else 0))
-            @run_settings
-            @given(case=strategy)
-            def one(case: AnyCase) -> None:
-                # Hypothesis asks for a failing case again, and takes one that does not come back for a flake.
-                if raised:
-                    raise raised[0]
-                try:
-                    examine(case)
-                except Exception as error:
-                    raised.append(error)
-                    raise
-
-            one()
-            if not explore or time.monotonic() > deadline:
-                return
+        )
 
     # ------------------------------------------------------------------ one case
     def _examine(
@@ -234,8 +258,13 @@ class Harness:
         tally.distinct.add(case.id)
         tally.classes.update(kinds.classes(case))
         tally.worst = max(tally.worst, outcome.ratio)
-        if outcome.passed:
-            return
+        if not outcome.passed:
+            self._failed(planned, made, case, tally, outcome, reduce=origin == "generated")
+
+    def _failed(
+        self, planned: PlannedCell, made: Backend, case: AnyCase, tally: Tally, outcome: Outcome, *, reduce: bool
+    ) -> None:
+        """Analyse and store a failure, and raise it where the cell is claimed."""
         # What is known already stands, whatever happens to the harness from here on.
         tally.failure = failure = Failure(
             made.name,
@@ -246,14 +275,17 @@ class Harness:
             device=self.options.device,
             arch=self.options.arch,
             caveat=kinds.caveat(made, self.options.device),
+            transport=transport_of(made, self.options),
+            world=self.options.world,
+            nodes=self.options.launched.nodes if self.options.launched is not None else 1,
             cut_short="it did not end",
         )
         failure.store(self.options.failures)
         early = failure.directory
         failure.cut_short = ""
-        Analysis(self._run, self.options.reduce_budget_s).complete(
-            self._driver, made, failure, reduce=origin == "generated"
-        )
+        # A minimum that a waiver covers would be taken for what is waived.
+        apart = partial(forbidden, self._waivers)
+        Analysis(self._run, self.options.reduce_budget_s, apart).complete(self._driver, made, failure, reduce=reduce)
         failure.store(self.options.failures)
         if failure.directory != early:
             shutil.rmtree(early)  # the minimum has a directory of its own, which holds the original too
@@ -298,9 +330,3 @@ class Harness:
 
 class MistrustedError(Exception):
     """The data of a cell were too degenerate for its checks to mean anything."""
-
-
-def _seed(cell: AnyCell, part: str, offset: int) -> int:
-    """Seed of a cell's draws: a hash of (suite version, cell), so a gate draws the same cases everywhere."""
-    text = f"{__version__} {cell.label} {cell.check} {part} {offset}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

@@ -10,14 +10,24 @@ from typing import Any
 
 from hypothesis.strategies import SearchStrategy
 
-from accelerated.contract import MaskedSlots, Standing, exchange
+from accelerated.contract import Contract, MaskedSlots, Standing, exchange
 from accelerated.experts import ExpertContract, LayerContract
 from accelerated.interface import Backend
 from accelerated.operators import NormContract, QuantContract
 from accelerated.routers import RouteContract
 from accelerated.sorting import SortContract
 from conformance import layer_generation
-from conformance.cases import AnyCase, AnyCell, CaseError, Explicit, LayerCase, LayerCell, validate_layer
+from conformance.cases import (
+    AnyCase,
+    AnyCell,
+    Case,
+    CaseError,
+    Explicit,
+    LayerCase,
+    LayerCell,
+    validate,
+    validate_layer,
+)
 from conformance.engine.reducer import Reducer, Reduction, RowReducer
 from conformance.generation import MASKED, cases, strata
 from conformance.row_cases import RowCase, RowCell
@@ -77,7 +87,7 @@ def required(planned: PlannedCell, contract: object, parts: list[Part]) -> froze
             round_robin=layer_generation.ROUND_ROBIN in names,
             counted=isinstance(layer, ExpertContract) and layer.takes_num_rows,
         )
-    return coverage.required(cell.world_size, masked=len(parts) > 1)
+    return coverage.required(cell.world_size, masked=len(parts) > 1, coded=bool(cell.codec))
 
 
 def reduced(
@@ -106,10 +116,23 @@ def legal(made: Backend, case: AnyCase) -> bool:
             return False
         return layer_generation.takes(_layer_contract(made.contract(problem, case.cell.kernel_type)), case)
     contract = exchange(made.contract(problem, case.cell.kernel_type))
+    if case.cell.special and not _takes_calls(contract, case):
+        return False
     if contract.masked_slots is MaskedSlots.DROPPED:
         return True
     explicit = (a_round.routing for a_round in case.rounds if isinstance(a_round.routing, Explicit))
     return not any(-1 in row for routing in explicit for rows in routing.rows for row in rows)
+
+
+def _takes_calls(contract: Contract, case: Case) -> bool:
+    """Whether the lengths of rows and the idle ranks of a case are what its cell and contract take."""
+    try:
+        validate(case)
+    except CaseError:
+        return False
+    narrow = any(a_round.hidden for a_round in case.rounds)
+    idle = any(0 in counts for counts in case.token_counts())
+    return (contract.narrow_rows or not narrow) and (contract.idle_ranks or not idle)
 
 
 def caveat(made: Backend, device: str) -> str:

@@ -6,18 +6,24 @@ What is not decided here: which cells follow from the options (the plan) and whe
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from accelerated.layer import JOIN, split_path
+from accelerated.interface import Backend
+from accelerated.layer import JOIN, halves_of, split_path
+from accelerated.mori_ep import transports
 from accelerated.operators import operators_of
 from accelerated.registry import BackendError, backend
+from conformance.engine.world_protocol import read_token, split_address
 from conformance.suite import preflight
 from conformance.suite.layer_plan import is_layer
 from conformance.suite.plan import DEFAULT_EP_SIZES
+from conformance.suite.waivers import Waiver, WaiverError, read_waivers
 from reference.catalogue import CatalogueError, ModelShape, architectures, model_shape, model_shapes
 
 TIERS = ("smoke", "gate", "explore", "replay")
@@ -26,6 +32,24 @@ COMPANIONS = ("reference", "allgather", f"reference{JOIN}reference")
 #: Dispatches that every build of torch has, beside the experts under test: all-to-all and none at all.
 NAIVE_DISPATCH = ("allgather", "replicated")
 MAX_EP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Sizes of a launched world."""
+
+    ranks: int
+    nodes: int  # that torchrun was given
+    hosts: tuple[str, ...]
+
+    def holds(self, world_size: int, nodes: int) -> bool:
+        """Whether a cell runs there: on all ranks, and no node of its spans two of the world's."""
+        return world_size == self.ranks and nodes % self.nodes == 0
+
+    @property
+    def text(self) -> str:
+        """Sizes in words."""
+        return f"{self.ranks} ranks on {self.nodes} node{'s' if self.nodes > 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -51,6 +75,11 @@ class Options:
     arch_given: bool = False
     operators: tuple[str, ...] = ()
     workers: int = 1  # processes that run cells at a time
+    waivers: tuple[Waiver, ...] = ()
+    expect_arch: str = ""
+    transport: str = transports.DEFAULT  # of MoRI's puts within a host
+    world: str = ""  # address on which the agents of a launched world are awaited
+    launched: Launched | None = None  # what came together there
 
     @property
     def records(self) -> Path:
@@ -124,6 +153,38 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="S",
         help="seconds one failure's reduction may take (default: 90)",
     )
+    group.addoption(
+        "--waivers",
+        default=None,
+        metavar="FILE",
+        help="TOML file of known failures with their issues: they are not drawn, a few are run and must fail as said",
+    )
+    group.addoption(
+        "--expect-arch",
+        default=None,
+        metavar="GFX",
+        help="end the run with exit 3 unless every visible GPU is of this architecture",
+    )
+    group.addoption(
+        "--transport",
+        default=None,
+        choices=tuple(transports.TRANSPORTS),
+        help="what MoRI's puts between ranks of one host go through (default: what MORI_ENABLE_SDMA and "
+        "MORI_DISABLE_P2P choose, else p2p)",
+    )
+    group.addoption(
+        "--world",
+        default=None,
+        metavar="HOST:PORT",
+        help="run on ranks that torchrun started on one or more nodes (torchrun ... -m conformance.agent HOST:PORT); "
+        "this process listens there for their agents",
+    )
+    group.addoption(
+        "--capabilities",
+        action="store_true",
+        help="run no cell: build and call every combination once in processes of its own, print and record what this "
+        "build can do on this machine",
+    )
     group.addoption("--replay", action="append", default=None, metavar="PATH", help="run exactly these recorded cases")
 
 
@@ -181,7 +242,57 @@ def read_options(config: pytest.Config) -> Options:
         reduce_budget_s=config.getoption("--reduce-budget"),
         replay=tuple(Path(p).absolute() for p in config.getoption("--replay") or ()),
         workers=config.getoption("numprocesses", None) or 1,
+        waivers=_waivers(config.getoption("--waivers")),
+        expect_arch=_expected_arch(config.getoption("--expect-arch")),
+        transport=_transport(config.getoption("--transport"), names, arch),
+        world=_world(config.getoption("--world"), config.getoption("numprocesses", None)),
     )
+
+
+def _transport(given: str | None, names: tuple[str, ...], arch: str) -> str:
+    halves = {half.name for name in names for half in halves_of(backend(name, arch))}
+    if given is not None and not any(takes_transport(half) for half in halves):
+        raise pytest.UsageError(
+            f"--transport {given} is MoRI's, and none of {', '.join(names)} dispatches through MoRI; leave it out"
+        )
+    return given or transports.in_force(os.environ)
+
+
+def takes_transport(name: str) -> bool:
+    """Whether a backend, or a half of one, is MoRI or its double."""
+    return name in ("mori", "mori-standin")
+
+
+def transport_of(made: Backend, options: Options) -> str:
+    """The transport as it is told about a backend's results: empty for the default one, and where none is used."""
+    told = options.transport != transports.DEFAULT and any(takes_transport(half.name) for half in halves_of(made))
+    return options.transport if told else ""
+
+
+def _world(address: str | None, workers: int | None) -> str:
+    if address is None:
+        return ""
+    if workers:
+        raise pytest.UsageError(f"-n {workers} with --world: a launched world has one driver; leave -n out")
+    try:
+        split_address(address)
+        read_token(os.environ)
+    except ValueError as error:
+        raise pytest.UsageError(f"--world: {error}") from error
+    return address
+
+
+def _waivers(path: str | None) -> tuple[Waiver, ...]:
+    try:
+        return read_waivers(Path(path).absolute()) if path is not None else ()
+    except WaiverError as error:
+        raise pytest.UsageError(f"--waivers: {error}") from error
+
+
+def _expected_arch(name: str | None) -> str:
+    if name is not None and not re.fullmatch(r"gfx[0-9a-f]{3,}", name):
+        raise pytest.UsageError(f"--expect-arch is {name!r}; give a gfx architecture, such as gfx950")
+    return name or ""
 
 
 def _check_backends(names: tuple[str, ...], arch: str, require_hardware: bool, device: str) -> None:

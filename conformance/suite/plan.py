@@ -1,8 +1,9 @@
 """The plan: which cells a run has, how many cases each gets, and which combinations are unsupported and why.
 
 Geometry is fixed per cell. Synthetic geometries sit on awkward sizes; every real model shape is touched, spread over
-kernel types and EP sizes in the gate tier and crossed with all of them in explore. What the plan does not contain:
-quantised wire formats, graphs, and more than two nodes.
+kernel types and EP sizes in the gate tier and crossed with all of them in explore. Wires, combine codecs and ways of
+calling are planned in pairs (:mod:`conformance.suite.call_plan`). What the plan does not contain: graphs, and all
+numbers of nodes: it has one, two, nodes of eight ranks, and those of a launched world.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from accelerated.interface import Backend
 from accelerated.layer import split_path
 from conformance.cases import Cell, Placement
 from conformance.row_cases import Mode
+from conformance.suite.call_plan import call_cells
 from conformance.suite.cells import Plan, PlannedCell, Unsupported
 from conformance.suite.layer_plan import expert_cells, is_layer, layer_cells
 from conformance.suite.row_plan import row_cells
@@ -43,6 +45,8 @@ WIDE = Geometry(136, 12, 9, 16, "bfloat16")
 SINGLE = Geometry(32, 1, 1, 128, "bfloat16")
 BULK = Geometry(64, 8, 8, 256, "bfloat16")
 MODEL_CAPACITY = 16
+#: Ranks that share a node of a production machine.
+HOST_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def make_plan(
     only_models: bool = False,
     operators: Sequence[str] = (),
     device: str = "cpu",
+    launched_nodes: int = 0,
 ) -> Plan:
     """Cross backends, kernel types, EP sizes and slots; ask each backend what it supports.
 
@@ -121,6 +126,7 @@ def make_plan(
         only_models: drop the synthetic geometries, and the row operators with them.
         operators: row operators to keep, all if empty; with some and no kernel types there is no dispatch/combine.
         device: ``"cuda"`` adds the slots that only a GPU is fast enough for.
+        launched_nodes: nodes of a launched world; 0 where this host emulates them.
     """
     cells: list[PlannedCell] = []
     refused: dict[tuple[str, str, int, int, str], Unsupported] = {}
@@ -167,8 +173,19 @@ def make_plan(
         # The oracle works in float64 on the host: production sizes would take it minutes.
         if not companion and tier != "smoke" and backend.judged_by != "oracle":
             slots += HARDWARE if device == "cuda" else EXPLORE if tier == "explore" else ()
+        if wanted and not only_models:
+            take(
+                call_cells(
+                    name,
+                    backend,
+                    companion=companion,
+                    tier=tier,
+                    kernel_types=wanted,
+                    topologies=list(_topologies(ep_sizes, launched_nodes)),
+                )
+            )
         for kernel_type in wanted:
-            for world_size, nodes in _topologies(ep_sizes):
+            for world_size, nodes in _topologies(ep_sizes, launched_nodes):
                 for slot in slots:
                     if only_models and slot.geometry is not None:
                         continue
@@ -210,11 +227,12 @@ def _turn(planned: PlannedCell) -> tuple[Any, ...]:
     return -cell.world_size, cell.backend, cell.kernel_type, cell.nodes, isinstance(cell, Cell), sizes
 
 
-def _topologies(ep_sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _topologies(ep_sizes: Sequence[int], launched: int) -> Iterator[tuple[int, int]]:
+    """EP sizes with numbers of nodes: one, two, so many that eight ranks share one, and a launched world's."""
     for world_size in ep_sizes:
-        yield world_size, 1
-        if world_size % 2 == 0:
-            yield world_size, 2
+        for nodes in sorted({1, 2, world_size // HOST_RANKS, launched} - {0}):
+            if world_size % nodes == 0:
+                yield world_size, nodes
 
 
 def _cell(

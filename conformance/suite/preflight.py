@@ -157,6 +157,14 @@ def check_memory(devices: list[Device], heap_bytes: int) -> list[Finding]:
     ]
 
 
+def check_rdma(transport: str, hosts: int, adapters: Path = Path("/sys/class/infiniband")) -> list[Finding]:
+    """Is there an adapter where ranks put through RDMA? Without one MoRI ends the process (context.cpp)."""
+    if (transport != "rdma" and hosts == 1) or (adapters.is_dir() and any(adapters.iterdir())):
+        return []
+    why = f"ranks on {hosts} hosts" if hosts > 1 else f"--transport {transport}"
+    return [Finding(f"{why} put through RDMA, and {adapters} has no adapter", "pass it in, or give --transport p2p")]
+
+
 def _jit_cache() -> list[Finding]:
     """MoRI's JIT cache must be writable, and its lock has no owner and no timeout: a stale one blocks every run."""
     cache = Path(os.environ.get("MORI_JIT_CACHE_DIR", Path.home() / ".mori" / "jit"))

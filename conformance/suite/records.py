@@ -6,6 +6,7 @@ An unmatched begin is a case that was under way when its worker died. Reports an
 
 from __future__ import annotations
 
+import enum
 import errno
 import os
 from collections.abc import Iterator
@@ -16,6 +17,29 @@ import msgspec
 
 from conformance.cases import AnyCase, AnyCell
 from conformance.verdicts import Verdict
+
+
+class WaiverRecord(msgspec.Struct):
+    """An entry of the user's file of waivers, and what it is to this run."""
+
+    entry: int
+    issue: str
+    reason: str
+    state: str  # "applied", "idle" (not about what this run consists of) or "stale" (about nothing there is)
+    cells: int  # of the run that it covers
+    detail: str = ""  # why it is not applied
+
+
+class WaivedRecord(msgspec.Struct):
+    """What a waiver did in a cell."""
+
+    entry: int
+    issue: str
+    reason: str
+    verdict: Verdict
+    avoided: int  # distinct cases that were drawn and taken out
+    sampled: int  # of which so many were run
+    failed: int  # and so many failed as the waiver says
 
 
 class RunRecord(msgspec.Struct, tag="run"):
@@ -33,6 +57,9 @@ class RunRecord(msgspec.Struct, tag="run"):
     unclaimed: tuple[str, ...] = ()  # planned cells whose failure is a finding
     yardsticks: tuple[str, ...] = ()  # planned cells by which the others are judged
     caveats: tuple[str, ...] = ()  # what the results of a backend that is no stand-in do not say on this device
+    waivers: tuple[WaiverRecord, ...] = ()
+    transport: str = ""  # of MoRI's puts within a host
+    world: str = ""  # sizes and hosts of a launched world; empty where the suite started the ranks
 
 
 class BeginRecord(msgspec.Struct, tag="begin"):
@@ -40,7 +67,7 @@ class BeginRecord(msgspec.Struct, tag="begin"):
 
     case_id: str
     cell: str
-    origin: str  # generated, repeat, reduction, replay
+    origin: str  # generated, repeat, reduction, replay, waived, capability
     case: AnyCase
 
 
@@ -73,9 +100,41 @@ class CellRecord(msgspec.Struct, tag="cell"):
     reason: str = ""
     failure: str = ""  # directory of the failure
     summary: str = ""  # one line
+    waived: tuple[WaivedRecord, ...] = ()
+    lacking: int = 0  # cases that the budget had and that waivers left nothing to be drawn for
 
 
-Record = RunRecord | BeginRecord | EndRecord | CellRecord
+class Capability(str, enum.Enum):
+    """What became of a combination that was tried."""
+
+    RUNS = "runs"
+    WRONG = "wrong"  # it answers, and not as the reference does
+    REFUSED = "refused"
+    CRASHES = "crashes"
+    HANGS = "hangs"
+    NOT_BUILT = "not built"  # the library does not initialise, or lacks it
+    UNKNOWN = "unknown"  # the harness or the machine failed
+
+
+class CapabilityRecord(msgspec.Struct, tag="capability"):
+    """What this build can do on this machine, for one combination."""
+
+    backend: str
+    kernel_type: str
+    world_size: int
+    nodes: int
+    standing: str  # claimed, unclaimed or refused: what the contract says
+    state: Capability
+    message: str = ""
+    manner: str = ""  # wire format, combine codec and modes, where they are not plain
+    standin: bool = False
+    cell: str = ""
+    case_id: str = ""
+    seconds: float = 0.0
+    tried: bool = True
+
+
+Record = RunRecord | BeginRecord | EndRecord | CellRecord | CapabilityRecord
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Record)

@@ -4,7 +4,8 @@ The script spells out the routing, builds the same tensors as the suite, calls t
 the suite's comparisons: received rows with their multiplicity, bytes, source map and promised order, combined weights,
 inputs left alone, and the sum against a dense one in float64. What it does not reproduce: the exact acceptance interval
 of the sum. It lets every addition and every store round to the element type, which is coarser than the suite's
-interval, so a wrong last bit passes here; and a hang hangs it.
+interval, so a wrong last bit passes here; and a hang hangs it. Failures with a wire, a codec or a mode have another
+script (:mod:`conformance.suite.reproduce_calls`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from accelerated.contract import ReceiveLayout, exchange
 from accelerated.registry import backend
 from conformance.cases import Case, expand
 from conformance.rank.routing import wire_rows
+from conformance.suite.reproduce_calls import call_script
 
 _TEMPLATE = '''#!/usr/bin/env python
 """Case {case_id}: {label}
@@ -251,6 +253,8 @@ if __name__ == "__main__":
 def script(case: Case, device: str = "cpu", arch: str = "gfx942") -> str:
     """Text of the stand-alone script of ``case``, which runs on ``device`` under the contract of ``arch``."""
     cell = case.cell
+    if cell.special or any(r.hidden or r.values == "edges" for r in case.rounds):
+        return call_script(case, device, arch)
     rounds = [
         {
             "rows": wire_rows(cell, expand(cell, r.routing)),

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+from accelerated.mori_ep import transports
 from accelerated.registry import backend
 from conformance.cases import AnyCell
 from conformance.engine.driver import Driver, Limits, Outcome
 from conformance.engine.lease import core_slots, lease
 from conformance.engine.pool import Progress
+from conformance.engine.world import World
 from conformance.suite.options import Options
 
 Teardown = Callable[[AnyCell, Outcome], None]
@@ -32,6 +34,7 @@ class Resources:
         *,
         progress: Progress,
         on_teardown: Teardown,
+        world: World | None = None,
     ) -> None:
         self._options = options
         # Two devices that report the same UUID must not share a lock.
@@ -39,6 +42,7 @@ class Resources:
         on_cpu = options.device == "cpu"
         self._limits = limits or (Limits() if on_cpu else replace(Limits(), hang_budget=3, floor_s=30.0))
         self._progress, self._on_teardown = progress, on_teardown
+        self._world = world
         self._driver: Driver | None = None
         self._last: AnyCell | None = None
         self._leased = ExitStack()
@@ -55,7 +59,9 @@ class Resources:
         wanted = (cell.backend, cell.world_size)
         if self._held != wanted:
             self.release()
-            names = self._leased.enter_context(lease(self._devices, cell.world_size))
+            # Which of this host's GPUs the agents of a launched world were given is not known here.
+            wide = len(self._devices) if self._world is not None else cell.world_size
+            names = self._leased.enter_context(lease(self._devices, wide))
             self._positions = tuple(sorted(self._devices.index(name) for name in names))
             self._held = wanted
         try:
@@ -87,8 +93,10 @@ class Resources:
                 cell.backend,
                 arch=self._options.arch,
                 device=self._options.device,
+                environment=transports.TRANSPORTS[self._options.transport],
                 limits=limits,
                 progress=self._progress,
+                world=self._world,
             )
         self._driver.devices = self._positions
         # A pool of another width ends when the first case of this cell asks for its own.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conformance.cases import AnyCell
+from conformance.engine.world import World
 from conformance.suite import controller
 from conformance.suite.cells import Plan, PlannedCell
 from conformance.suite.options import Options
@@ -30,6 +31,7 @@ class RunState:
     following: AnyCell | None = None  # what this process runs next
     ended: Ended = field(default_factory=Ended)
     summary: str = ""
+    world: World | None = None  # launched from outside, driven by this process
     corpus_on: tuple[str, ...] = ()  # the backends that the corpus is replayed on
 
     def __post_init__(self) -> None:

@@ -17,8 +17,13 @@ from rich.table import Table
 from conformance.cases import AnyCell, LayerCell
 from conformance.row_cases import RowCell
 from conformance.suite.records import BeginRecord, CellRecord, EndRecord, Record, RunRecord
+from conformance.suite.waiver_summary import print_waivers, stale_waivers
 from conformance.verdicts import PRODUCT_FAILURES, ExitCode, Verdict, exit_code
 
+#: Verdicts with which a test item does not fail.
+_NOT_FAILED = frozenset({Verdict.PASS, Verdict.FINDING, Verdict.XFAIL, Verdict.QUARANTINED})
+#: Verdicts that follow from judging.
+_JUDGED = PRODUCT_FAILURES | {Verdict.XFAIL, Verdict.XPASS}
 #: How a yardstick's record begins to say that it is off, whatever was judged by it.
 YARDSTICK_OFF = "the reference disagrees"
 
@@ -53,7 +58,8 @@ class Totals:
     @property
     def exit_code(self) -> ExitCode:
         """Exit code of the run."""
-        return exit_code(self.verdicts, lost_worker=self.ended.lost_worker)
+        stale = bool(stale_waivers(self.run, self.cells))
+        return exit_code(self.verdicts, lost_worker=self.ended.lost_worker, stale_waivers=stale)
 
 
 def total(records: Iterable[Record], ended: Ended | None = None) -> Totals:
@@ -74,7 +80,7 @@ def total(records: Iterable[Record], ended: Ended | None = None) -> Totals:
         elif isinstance(record, BeginRecord):
             open_cases[(record.cell, record.case_id)] += 1
             begun[(record.cell, record.case_id)] = record
-        else:
+        elif isinstance(record, EndRecord):
             totals.ends.append(record)
             open_cases[(record.cell, record.case_id)] -= 1
     totals.unmatched = [begun[key] for key, count in open_cases.items() if count > 0]
@@ -82,7 +88,7 @@ def total(records: Iterable[Record], ended: Ended | None = None) -> Totals:
     _void_what_was_judged_wrongly(totals)
     finished = {c.label for c in totals.cells}
     totals.not_run = sorted(set(totals.run.planned if totals.run else ()) - finished)
-    bad = Counter(c.label for c in totals.cells if c.verdict not in (Verdict.PASS, Verdict.FINDING))
+    bad = Counter(c.label for c in totals.cells if c.verdict not in _NOT_FAILED)
     for item, label in totals.ended.failed.items():
         if not label or bad[label] <= 0:
             totals.strays.append(item)
@@ -129,7 +135,7 @@ def _void_what_was_judged_wrongly(totals: Totals) -> None:
     }
     for index, record in enumerate(totals.cells):
         yardstick = off.get((_subject(record.cell), record.cell.world_size))
-        if yardstick is None or record.verdict not in PRODUCT_FAILURES:
+        if yardstick is None or record.verdict not in _JUDGED:
             continue
         if record.cell.backend != yardstick.cell.backend:
             reason = f"{yardstick.reason} (void: {record.verdict.value} {record.summary or record.reason})"
@@ -152,9 +158,12 @@ def print_summary(totals: Totals, console: Console) -> None:
     where = "no run was opened"
     if run is not None:
         where = f"{run.device}, contract of {run.arch}, tier {run.tier}"
+        where += f", transport {run.transport}" if run.transport not in ("", "p2p") else ""
+        where += f", launched world of {run.world}" if run.world else ""
         _print_coverage(totals, console)
     _print_failures(totals, console)
     if run is not None:
+        print_waivers(run, totals.cells, console)
         _print_unsupported(run, console)
     if run is not None and run.standins:
         console.print(

@@ -80,15 +80,19 @@ QUANT_TYPES: dict[str, _QuantType] = {
 }
 
 
-def normalize_quant_type(quant_type: object) -> _QuantType:
+def normalize_quant_type(quant_type: object, members: bool = False) -> _QuantType:
     """Return the mode for its name (case and outer blanks ignored).
+
+    Args:
+        quant_type: a name, or with ``members`` a member of the enumeration.
+        members: take members, which upstream refuses.
 
     Raises:
         ValueError: anything that is not one of the four names, members of the enumeration included.
 
     Source of semantics: python/mori/ops/dispatch_combine.py.
     """
-    if isinstance(quant_type, EpDispatchCombineQuantType):
+    if isinstance(quant_type, _QuantType if members else EpDispatchCombineQuantType):
         return quant_type
     if isinstance(quant_type, str) and quant_type.strip().lower() in QUANT_TYPES:
         return QUANT_TYPES[quant_type.strip().lower()]

@@ -6,6 +6,7 @@ Scope: constants and environment variables as the real library reads them. It pr
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,20 @@ DTYPE_SUFFIX = {
 
 #: Blocks, RDMA blocks and warps of AUTO mode without a tuning table.
 AUTO_GEOMETRY = {"InterNodeV1": (96, 64, 8), "InterNodeV1LL": (256, 128, 8)}
+
+#: Lock that a compilation of one module's kernels holds in ``MORI_JIT_CACHE_DIR`` (python/mori/jit/core.py).
+LOCK_FILE = ".{}.hsaco.lock"
+
+#: Blocks of a row of a blockwise codec where ``MORI_FP8_COMBINE_SCALE_DIM`` names no positive number.
+DEFAULT_SCALE_DIM = 56
+
+
+def combine_scale_dim() -> int:
+    """Return S from the environment (src/ops/dispatch_combine/dispatch_combine.cpp)."""
+    text = os.environ.get("MORI_FP8_COMBINE_SCALE_DIM", "")
+    if re.fullmatch(r"\s*\+?[0-9]+", text, re.ASCII) and 0 < int(text) < 2**31:
+        return int(text)
+    return DEFAULT_SCALE_DIM
 
 
 def communicator() -> str:

@@ -1,6 +1,6 @@
 """Double of ``mori.jit.config``: which gfx architecture to act as.
 
-Scope: reads one environment variable. It proves nothing about the device that is really present.
+Scope: reads two environment variables. It proves nothing about the device that is really present.
 """
 
 from __future__ import annotations
@@ -29,3 +29,12 @@ def detect_gpu_arch(rocm_path: str = "/opt/rocm") -> str:
 def is_gfx125x() -> bool:
     """Whether the assumed architecture takes the gfx125x paths (wave32, cco communicator by default)."""
     return detect_gpu_arch().startswith("gfx125")
+
+
+def wave_size() -> int:
+    """Return the lanes of a wave: ``MORI_WAVE_SIZE`` where it is a number, else 32 on gfx12 and 64 on gfx9."""
+    forced = os.environ.get("MORI_WAVE_SIZE", "")
+    try:
+        return int(forced)
+    except ValueError:
+        return 32 if detect_gpu_arch().startswith("gfx12") else 64

@@ -13,6 +13,7 @@ import torch
 
 from accelerated.standin.mori_ep.config import EpDispatchCombineConfig
 from accelerated.standin.mori_ep.fatal import die, die_if
+from accelerated.standin.mori_ep.hazards import DEFAULT
 
 
 class Negative(enum.Enum):
@@ -38,6 +39,12 @@ class Rules:
     pushes: bool = False  # combine pushes rows into slots whose stride depends on the writer's weights
     max_ranks: int | None = None
 
+    @property
+    def module(self) -> str:
+        """The compilation unit of its kernels."""
+        units = {"IntraNodeLL": "intranode", "InterNodeV1": "internode_v1", "InterNodeV1LL": "internode_v1ll"}
+        return "ep_" + units.get(self.name, "async_ll" if self.asynchronous else self.name.lower())
+
 
 RULES: dict[int, Rules] = {
     0: Rules("IntraNode", registered_input=True, pushes=True, max_ranks=8),
@@ -56,9 +63,17 @@ class Routing:
         nowhere: the owner code W of a slot that leads to no rank.
     """
 
-    def __init__(self, config: EpDispatchCombineConfig, rules: Rules, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: EpDispatchCombineConfig,
+        rules: Rules,
+        device: torch.device,
+        hazards: frozenset[str] = DEFAULT,
+    ) -> None:
         self.config = config
         self.rules = rules
+        self._hazards = hazards
+        self._negative = rules.negative if "negative-id-is-rank-zero" in hazards else Negative.DROPPED
         self.nowhere = config.world_size
         self.experts = config.world_size * config.num_experts_per_rank
         self.node = config.rank // config.gpu_per_node
@@ -72,16 +87,16 @@ class Routing:
         self._other_slot = triangle.triu(1) if rules.last_slot_stands else triangle.tril(-1)
 
     def _negative_owner(self) -> int:
-        if self.config.num_experts_per_rank == 1 or self.rules.negative is Negative.DROPPED:
+        if self.config.num_experts_per_rank == 1 or self._negative is Negative.DROPPED:
             return self.nowhere
-        if self.rules.negative is Negative.RANK_ZERO_ABROAD and self.node == 0:
+        if self._negative is Negative.RANK_ZERO_ABROAD and self.node == 0:
             return self.nowhere
         return 0
 
     def owners(self, ids: torch.Tensor) -> torch.Tensor:
         """Map ids ``[n, k]`` int32 to owning ranks ``[n, k]`` int64, :attr:`nowhere` for slots that are dropped."""
         owners = self._table[ids.clamp(-1, self.experts).add_(1)]
-        scanned = self.rules.scanned_slots
+        scanned = self.rules.scanned_slots if "low-latency-scans-eight-slots" in self._hazards else None
         if scanned is not None and scanned < owners.size(1):
             owners[:, scanned:] = self.nowhere
         return owners
@@ -93,13 +108,20 @@ class Routing:
         mask[:, self.nowhere] = False
         return mask
 
-    def keep_nodes(self, mask: torch.Tensor, rdma_blocks: int, blocks: int) -> torch.Tensor:
-        """Drop what a wrong split of the grid leaves without blocks (contract section 10.1.5). In place."""
-        if self.rules.node_levels and self.nodes > 1:
-            per_node = self.config.gpu_per_node
-            home = slice(self.node * per_node, (self.node + 1) * per_node)
+    def keep_nodes(self, mask: torch.Tensor, rdma_blocks: int, blocks: int, narrow_waves: bool) -> torch.Tensor:
+        """Drop what a wrong split of the grid, or a mask of 64 lanes on waves of 32, loses across nodes. In place."""
+        if not self.rules.node_levels or self.nodes == 1:
+            return mask
+        per_node = self.config.gpu_per_node
+        home = slice(self.node * per_node, (self.node + 1) * per_node)
+        local = mask[:, home].clone()
+        if "wave32-mask-shift" in self._hazards and narrow_waves and self.rules.name == "InterNodeV1":
+            for node in range(self.nodes):
+                block = mask[:, node * per_node : (node + 1) * per_node]
+                block &= _without_gap(block.any(1), 32).unsqueeze(1)
+            mask[:, home] = local
+        if "rdma-block-split" in self._hazards:
             if rdma_blocks <= 0:
-                local = mask[:, home].clone()
                 mask.zero_()
                 mask[:, home] = local
             elif rdma_blocks >= blocks:
@@ -126,11 +148,13 @@ class Routing:
         if not self.rules.node_levels or self.nodes == 1:
             return
         bad = self.out_of_range(ids)
+        if "ids-past-experts" not in self._hazards:
+            bad = torch.zeros_like(bad)
         if self.rules.negative is Negative.DROPPED:
             away = self.listed_nodes(ids.clamp(max=self.experts - 1).masked_fill(bad, -1))
             away[:, self.node] = False
             bad = bad & away.any(1, keepdim=True)
-        elif self.config.num_experts_per_rank == 1:
+        elif self.config.num_experts_per_rank == 1 and self._negative is not Negative.DROPPED:
             bad = bad | (ids < 0)
         die_if(bad, "device assertion: an expert id sent to another node names no rank")
 
@@ -139,17 +163,32 @@ class Routing:
         if not self.rules.asynchronous:
             return
         bad = self.out_of_range(ids)
-        if self.config.num_experts_per_rank == 1:
+        if "ids-past-experts" not in self._hazards:
+            bad = torch.zeros_like(bad)
+        if self.config.num_experts_per_rank == 1 and self._negative is not Negative.DROPPED:
             bad = bad | (ids < 0)
         if valid is not None:
             bad = bad & valid.unsqueeze(1)
         die_if(bad, "device assertion: a received expert id names no rank")
 
 
-def check_geometry(config: EpDispatchCombineConfig, rules: Rules) -> None:
-    """Die where the host code or the kernels would (src/ops/dispatch_combine/dispatch_combine.cpp, intranode.hpp)."""
+def _without_gap(sent: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Which of ``sent [n]`` come before the first gap of their chunk of ``lanes``."""
+    filled = torch.nn.functional.pad(sent, (0, -len(sent) % lanes)).view(-1, lanes)
+    return filled.long().cumprod(1).bool().view(-1)[: len(sent)]
+
+
+def check_geometry(config: EpDispatchCombineConfig, rules: Rules, hazards: frozenset[str] = DEFAULT) -> None:
+    """Die where the host code or the kernels would (src/ops/dispatch_combine/dispatch_combine.cpp, intranode.hpp).
+
+    Raises:
+        ValueError: a wrong ``gpu_per_node``, where that does not end the process.
+    """
     per_node, world = config.gpu_per_node, config.world_size
     if per_node < 1 or per_node & (per_node - 1) or world % per_node:
-        die(f"gpu_per_node={per_node} must be a power of two that divides world_size={world}")
+        message = f"gpu_per_node={per_node} must be a power of two that divides world_size={world}"
+        if "gpu-per-node-aborts" not in hazards:
+            raise ValueError(message)
+        die(message)
     if rules.max_ranks is not None and world > rules.max_ranks:
         die(f"{rules.name} holds {rules.max_ranks} ranks, but world_size={world}")

@@ -29,3 +29,8 @@ class Transport:
             received.copy_(sent)
         else:
             dist.all_to_all_single(received, sent, arriving, leaving, group=self._group)
+
+    def meet(self) -> None:
+        """Wait for every rank."""
+        if self._world_size > 1:
+            dist.barrier(self._group)

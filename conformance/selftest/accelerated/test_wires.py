@@ -19,7 +19,7 @@ from accelerated.interface import Operation, Received
 from accelerated.mori_ep import contract, launch
 from accelerated.wires import row_shape, scale_shape
 from conformance.rank.guard import BackendError
-from conformance.rank.session import _Guarded
+from conformance.rank.guarded_exchange import GuardedExchange
 from conformance.selftest.accelerated import scenarios_wires
 from conformance.selftest.reference import ranks
 from reference.catalogue import KERNEL_TYPES
@@ -94,7 +94,7 @@ def test_a_rank_checks_what_comes_back(given: bool, back: torch.Tensor | None, m
         seen.append(len(arguments))
         return received
 
-    guarded = _Guarded(cast("Operation", SimpleNamespace(prepare=prepare)), hidden=256, top_k=1)
+    guarded = GuardedExchange(cast("Operation", SimpleNamespace(prepare=prepare)), hidden=256, top_k=1)
     scales = torch.zeros(3, 2) if given else None
     if message:
         with pytest.raises(BackendError, match=message):

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerated.mori_ep.transports import DISABLE_P2P, ENABLE_SDMA
 from accelerated.reference_backend import ReferenceBackend, ReferenceOperation, ReferenceSession
 from conformance.engine.protocol import Answer, pack
 
@@ -217,7 +218,7 @@ class SpoilsTheGroup(ExchangeBackend):
 
 class _DroppingOperation(ReferenceOperation):
     def __init__(self, context: RankContext, problem: Problem) -> None:
-        super().__init__(context, problem, 1)
+        super().__init__(context, problem, problem.nodes)
         self._rank = context.rank
 
     def prepare(
@@ -241,6 +242,44 @@ class DropsARow(ExchangeBackend):
 
     def open(self, context: RankContext) -> ReferenceSession:
         return _Session(context, _DroppingOperation)
+
+
+class DropsARowOnNodes(DropsARow):
+    """The same on more than one node."""
+
+    kernel_types = ("node-levels",)
+
+
+class _CrashingOperation(ReferenceOperation):
+    def __init__(self, context: RankContext, problem: Problem) -> None:
+        super().__init__(context, problem, problem.nodes)
+        self._rank = context.rank
+
+    def prepare(
+        self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> Received:
+        if self._rank == 1 and rows.shape[0]:
+            read_address_zero()
+        return super().prepare(rows, ids, weights, scales)
+
+
+class Crashes(ExchangeBackend):
+    """Rank 1 dies where it has a token to send."""
+
+    name = "crashes"
+    kernel_types = ("node-levels",)
+
+    def open(self, context: RankContext) -> ReferenceSession:
+        return _Session(context, _CrashingOperation)
+
+
+class TellsTransport(ExchangeBackend):
+    """Does not initialise, and says which transport it was to use. Takes the double's name, for only MoRI has any."""
+
+    name = "mori-standin"
+
+    def open(self, context: RankContext) -> ReferenceSession:
+        raise RuntimeError(" ".join(f"{name}={os.environ.get(name)}" for name in (DISABLE_P2P, ENABLE_SDMA)))
 
 
 def held_mark(hold: str | Path, pid: int) -> Path:
@@ -267,4 +306,10 @@ class Held(ExchangeBackend):
     kernel_types = ("one-level",)
 
     def open(self, context: RankContext) -> ReferenceSession:
-        return _Session(context, lambda context, problem: _HeldOperation(context, problem, 1))
+        return _Session(context, lambda context, problem: _HeldOperation(context, problem, problem.nodes))
+
+
+class HeldOnNodes(Held):
+    """The same on more than one node."""
+
+    kernel_types = ("node-levels",)

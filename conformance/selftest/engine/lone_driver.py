@@ -11,6 +11,7 @@ from pathlib import Path
 
 from conformance.cases import Case, decode
 from conformance.engine.driver import Driver
+from conformance.engine.pool import Pool
 from conformance.selftest.engine.helpers import case
 
 
@@ -21,7 +22,7 @@ def main() -> None:
     driver = Driver(asked.cell.backend)
     good = case(asked.cell)
     assert driver.run(good).passed
-    assert driver._pool is not None
+    assert isinstance(driver._pool, Pool)
     print(json.dumps(driver._pool.pids), flush=True)
     sys.stdin.readline()
     outcome = driver.run(asked, limit_s=600)

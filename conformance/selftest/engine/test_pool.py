@@ -104,7 +104,7 @@ def test_a_rank_that_dies_between_cases_is_noticed() -> None:
     where = cell(world_size=2)
     try:
         assert driver.run(case(where)).passed
-        assert driver._pool is not None
+        assert isinstance(driver._pool, Pool)
         os.kill(driver._pool.pids[1], signal.SIGKILL)
         outcome = driver.run(case(where, seed=1))
         assert outcome.key == (Verdict.CRASH, "SIGKILL")

@@ -215,3 +215,19 @@ def test_a_minimum_is_left_alone() -> None:
     done = reduce(case, lambda candidate: candidate.tokens == 1)
     assert done.case == case
     assert done.tried <= 2
+
+
+def test_wires_codecs_and_modes_are_left_out_unless_they_matter() -> None:
+    manner = {"wire": "mxfp4", "codec": "fp8_blockwise", "scale_dim": 4, "modes": ("expert count", "capped")}
+    of = msgspec.structs.replace(cell(2), hidden=256, **manner)
+    tokens = ((((0, 1), (2, 3)), ((1, 2),)),)
+    case = Case(of, tuple(Round(Explicit(rows_), "normal", 5, hidden=128) for rows_ in tokens))
+    whatever = reduce(case, lambda one: one.tokens > 0).case
+    assert (whatever.cell.wire, whatever.cell.codec, whatever.cell.modes) == ("", "", ())
+    assert (whatever.rounds[0].hidden, whatever.rounds[0].values) == (0, "integers")
+    scaled = reduce(case, lambda one: one.tokens > 0 and one.cell.wire != "").case
+    assert (scaled.cell.wire, scaled.cell.codec, scaled.cell.hidden) == (steps.PLAIN_WIRE, "", steps.PLAIN_HIDDEN)
+    coded = reduce(case, lambda one: one.tokens > 0 and one.cell.codec != "").case
+    assert (coded.cell.codec, coded.cell.scale_dim, coded.rounds[0].values) == ("fp8_blockwise", 1, "edges")
+    counted = reduce(case, lambda one: one.tokens > 0 and "expert count" in one.cell.modes).case
+    assert counted.cell.modes == ("expert count",)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from random import Random
 from typing import get_args
 
+import msgspec
 import torch
 
 from accelerated.allgather import NAIVE, AllGatherBackend
@@ -183,3 +184,49 @@ def malformed_results_are_product_failures(world: World) -> None:
 
 def _one_too_many(received: Received) -> None:
     received.count = received.count + 1
+
+
+def _special(world: World, **manner: object) -> Case:
+    """Two rounds with a token everywhere, one with whole rows and one with short ones."""
+    cell = msgspec.structs.replace(_cell(world, ONE_LEVEL, "bfloat16", "drained"), hidden=256, **manner)
+    rows = tuple(((6 * rank, -1, 6 * ((rank + 1) % world.size), 0, 1),) * 3 for rank in range(world.size))
+    return Case(cell, (Round(Explicit(rows), "normal", 1), Round(Explicit(rows), "integers", 2, hidden=128)))
+
+
+def wires_and_modes_agree_with_the_oracle(world: World) -> None:
+    for wire in ("", "fp8_token", "fp8_group", "mxfp4", "fp8_tensor", "fp8_raw3x4", "fp8_raw5x1"):
+        for mode in ("", "zero-copy", "weightless", "handle", "expert count"):
+            case = _special(world, wire=wire, modes=(mode,) if mode else ())
+            mismatch, ratio = _run(world, ReferenceBackend(), case, "oracle")
+            assert mismatch is None, mismatch.text()
+            assert ratio <= 1
+
+
+def defects_beside_rows_are_named(world: World) -> None:
+    def scales(received: Received) -> None:
+        assert received.scales is not None
+        received.scales[1] = received.scales[0]
+
+    def count(received: Received) -> None:
+        assert received.expert_count is not None
+        received.expert_count[1] += 1
+
+    def stale(received: Received) -> None:
+        first, again = received.rows.clone(), received.replay
+        assert again is not None
+
+        def replay(rows: torch.Tensor, weights: torch.Tensor | None, scales: torch.Tensor | None) -> Received:
+            found = again(rows, weights, scales)
+            found.rows = first
+            return found
+
+        received.replay = replay
+
+    for manner, lie, check in (
+        ({"wire": "fp8_group"}, scales, "dispatch.scales"),
+        ({"modes": ("expert count",)}, count, "dispatch.expert_count"),
+        ({"modes": ("handle",)}, stale, "replay.dispatch.rows"),
+    ):
+        mismatch, _ = _run(world, ReferenceBackend(), _special(world, **manner), "oracle", lie)
+        assert mismatch is not None
+        assert mismatch.check == check, mismatch.text()

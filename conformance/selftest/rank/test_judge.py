@@ -276,6 +276,7 @@ def test_what_the_contract_does_not_promise_is_not_asked_for() -> None:
 def test_nothing_received_and_nothing_sent() -> None:
     one = a_round(order=[])
     seen, rows, want = one.seen, one.rows, one.result.output
+    assert rows.weights is not None
     empty = ExpectedRows(rows.keys[:0], rows.rows[:0], rows.ids[:0], rows.weights[:0])
     assert judge_dispatch(ROUND, seen, empty, contract(RowOrder.SOURCE)) is None
     seen = replace(seen, output=seen.output[:0], combined_weights=torch.empty(0, 2))
@@ -291,3 +292,55 @@ def test_same_bits() -> None:
     assert not same_bits(zero, torch.zeros(2, 2))
     assert same_bits(torch.empty(0, 3), torch.empty(0, 3))
     assert same_bits(torch.arange(6.0).reshape(2, 3).t(), torch.arange(6.0).reshape(2, 3).t().contiguous())
+
+
+def a_special_round() -> RoundSeen:
+    """A clean round with scales, a count per expert and a codec whose absence would add 1/4 to everything."""
+    one = a_round()
+    scales = torch.arange(len(KEYS) * 3, dtype=torch.uint8).reshape(-1, 3)
+    one.rows.scales, one.rows.expert_count = scales, torch.tensor([2, 0, 5], dtype=torch.int32)
+    one.seen.scales = torch.cat([scales[[3, 0, 4, 2, 1]], scales.new_full((3, 3), 255)])
+    one.seen.expert_count = one.rows.expert_count.clone()
+    point = one.result.output.value
+    one.result.output = Interval(point, point, point)
+    one.result.otherwise = lambda: Interval(point + 0.25, point + 0.25, point + 0.25)
+    one.result.swapped = "the codec did not run"
+    return one
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "check", "message"),
+    [
+        (set_row("scales", 2, 0), "dispatch.scales", "3 of 15"),
+        (set_field("scales", lambda t: t[:, :2]), "dispatch.scales", "received [8, 2]"),
+        (set_value("expert_count", (1,), 1), "dispatch.expert_count", "local expert 1 is counted in 1 received slots"),
+        (set_field("output", lambda t: t + 0.25), "combine.codec", "the codec did not run: 6 elements of 2 tokens"),
+        (set_value("output", (0, 1), 2.25), "combine.output", "1 elements of 1 tokens"),
+    ],
+)
+def test_what_is_beside_rows_is_judged(corrupt: Callable[[Observed], None], check: str, message: str) -> None:
+    one = a_special_round()
+    assert one.judge() is None
+    corrupt(one.seen)
+    found = one.judge()
+    assert found is not None
+    assert found.check == check
+    assert message in found.message
+
+
+def test_weights_that_are_not_dispatched_are_not_judged() -> None:
+    one = a_special_round()
+    one.rows.weights = None
+    one.seen.weights[:] = torch.nan
+    one.seen.combined_weights = None
+    assert one.judge(contract(weights=False)) is None
+
+
+def test_changed_input_scales_are_named() -> None:
+    handed, pristine = copy.deepcopy(PRISTINE), copy.deepcopy(PRISTINE)
+    handed.scales, pristine.scales = torch.zeros(2, 3), torch.zeros(2, 3)
+    assert judge_inputs(ROUND, handed, pristine) is None
+    handed.scales = handed.scales + 1
+    found = judge_inputs(ROUND, handed, pristine)
+    assert found is not None
+    assert "input scales" in found.message

@@ -42,10 +42,6 @@ def combine_hidden_too_large(rank: int, world: int) -> None:
     op.combine(torch.zeros(4, 9), None, indices([0, 1]))
 
 
-def too_many_tokens(rank: int, world: int) -> None:
-    build(rank, world).dispatch(rows(rank, 5), None, None, indices(*[[0, 1]] * 5))
-
-
 def weights_missing_v1(rank: int, world: int) -> None:
     build(rank, world, "InterNodeV1").dispatch(rows(rank, 1), None, None, indices([0, 1]))
 

@@ -24,7 +24,6 @@ MODULE = "conformance.selftest.standin.scenarios_deaths"
         ("no_shmem", 1, "shmem is not initialised"),
         ("hidden_too_large", 1, "hidden size 9"),
         ("combine_hidden_too_large", 1, "hidden size 9"),
-        ("too_many_tokens", 1, "5 tokens"),
         ("weights_missing_v1", 1, "memory fault"),
         ("weights_missing_v1ll", 1, "memory fault"),
         ("weights_missing_async", 1, "memory fault"),

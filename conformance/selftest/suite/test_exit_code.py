@@ -23,8 +23,12 @@ _ALONE = {
     Verdict.MISTRUSTED: ExitCode.INCOMPLETE,
     Verdict.UNSUPPORTED: ExitCode.INCOMPLETE,  # nothing ran
     Verdict.NOT_RUN: ExitCode.INCOMPLETE,
+    Verdict.XFAIL: ExitCode.OK,
+    Verdict.XPASS: ExitCode.INCOMPLETE,
+    Verdict.QUARANTINED: ExitCode.INCOMPLETE,  # nothing ran
     Verdict.INFRA: ExitCode.INFRASTRUCTURE,
 }
+_NOTHING_RAN = (Verdict.UNSUPPORTED, Verdict.QUARANTINED)
 #: What outranks what, strongest first.
 _RANKING = (ExitCode.PRODUCT_FAILURE, ExitCode.INFRASTRUCTURE, ExitCode.INCOMPLETE, ExitCode.OK)
 
@@ -46,14 +50,20 @@ def test_the_numbers_are_a_contract() -> None:
 
 @pytest.mark.parametrize("pair", list(combinations(Verdict, 2)), ids=lambda pair: f"{pair[0].value}+{pair[1].value}")
 def test_of_two_verdicts_the_stronger_counts(pair: tuple[Verdict, Verdict]) -> None:
-    # UNSUPPORTED is no weakness of a run in which something else passed.
-    codes = {_ALONE[verdict] for verdict in pair if verdict is not Verdict.UNSUPPORTED}
+    # UNSUPPORTED and QUARANTINED are no weakness of a run in which something else passed.
+    codes = {_ALONE[verdict] for verdict in pair if verdict not in _NOTHING_RAN} or {ExitCode.INCOMPLETE}
     assert exit_code(pair) is next(code for code in _RANKING if code in codes)
     assert exit_code(reversed(pair)) is exit_code(pair)
 
 
 def test_nothing_at_all_is_incomplete() -> None:
     assert exit_code([]) is ExitCode.INCOMPLETE
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_a_stale_waiver_leaves_a_run_incomplete(verdict: Verdict) -> None:
+    expected = max(_ALONE[verdict], ExitCode.INCOMPLETE, key=lambda code: -_RANKING.index(code))
+    assert exit_code([verdict], stale_waivers=True) is expected
 
 
 @pytest.mark.parametrize("verdict", Verdict)

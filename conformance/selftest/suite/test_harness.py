@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conformance.cases import Case
+from conformance.cases import Case, Cell
 from conformance.engine.driver import InfraError, Limits, Outcome
 from conformance.selftest.engine.helpers import case, cell
 from conformance.suite.analysis import RATE_REPEATS
@@ -36,6 +36,7 @@ class ScriptedDriver:
     backend = ""
     devices = ()
     teardown = None
+    ended = ""
 
     def __init__(self, script: Callable[[Case, int], Outcome]) -> None:
         self._script = script
@@ -44,6 +45,9 @@ class ScriptedDriver:
     def run(self, case: Case, *, limit_s: float | None = None, stacks: bool = True) -> Outcome:
         self.asked.append(case)
         return self._script(case, len(self.asked) - 1)
+
+    def holds(self, cell: Cell) -> bool:
+        return True
 
     def discard(self) -> None:
         return None

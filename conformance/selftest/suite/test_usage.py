@@ -34,6 +34,7 @@ WRONG = {
     "EP size zero": (("--ep-sizes", "0"), ("'0'", "1 to 64")),
     "EP size in words": (("--ep-sizes", "2,four"), ("'four'", "2,4,8")),
     "architecture": (("--arch", "gfx90a"), ("'gfx90a'", "gfx942")),
+    "expected architecture": (("--expect-arch", "MI355X"), ("'MI355X'", "gfx950")),
     "model": (("--model", "gpt-5"), ("'gpt-5'", "deepseek-v3")),
     "hardware": (("--require-hardware", "--backend", "mori-standin"), ("stand-in", "'mori-standin'")),
     "hardware on a CPU": (("--require-hardware", "--backend", "reference"), ("--device cuda", "cpu")),
