@@ -248,7 +248,7 @@ def _outcome_of(reply: Reply, stage: str, seconds: float = 0.0) -> Outcome:
 
 
 #: Checks in the order of the data flow: the first one that fails explains the later ones.
-_CHECK_ORDER = (
+CHECK_ORDER = (
     "dispatch.count",
     "dispatch.rows",
     "dispatch.payload",
@@ -284,8 +284,12 @@ _CHECK_ORDER = (
     "experts.output",
     "experts.relation",
     "experts.bits",
+    "experts.parts",
+    "experts.shards",
     "layer.layout",
     "layer.output",
+    "layer.equal",
+    "eplb.load",
     "outputs.overwritten",
     "outputs.guard",
     "inputs.modified",
@@ -306,7 +310,7 @@ def _progress(phase: str) -> tuple[int, int]:
 
 def _severity(answer: Answer) -> tuple[int, int, int]:
     assert answer.mismatch is not None
-    return answer.mismatch.round, _CHECK_ORDER.index(answer.mismatch.check), answer.rank
+    return answer.mismatch.round, CHECK_ORDER.index(answer.mismatch.check), answer.rank
 
 
 def _first(reply: Reply, status: str) -> Answer | None:

@@ -8,15 +8,17 @@ harness are never confused.
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
-from accelerated.contract import exchange
+from accelerated.contract import Standing, exchange
 from accelerated.experts import ExpertContract, LayerContract
 from accelerated.interface import Combined, Operation, RankContext, Received
 from accelerated.operators import NormContract, NormOperation, NormResult, QuantContract, QuantOperation, QuantResult
@@ -25,17 +27,21 @@ from accelerated.routers import RouteContract
 from accelerated.sorting import SortContract
 from conformance.cases import AnyCase, AnyCell, Case, LayerCase, LayerCell
 from conformance.engine.protocol import Mismatch
+from conformance.rank.cross_layer import Neighbours
 from conformance.rank.expert_program import ExpertProgram
 from conformance.rank.experts import LocalExperts
 from conformance.rank.guard import backend_code, expect_tensor
 from conformance.rank.guarded_layers import GuardedExperts, GuardedLayer, Together
 from conformance.rank.guarded_routers import GuardedRouter
-from conformance.rank.layer_program import LayerProgram
 from conformance.rank.main import RankSetup
 from conformance.rank.programs import Program
 from conformance.rank.row_programs import RowProgram
 from conformance.rank.sort_program import SortProgram
+from conformance.rank.whole_layer import WholeLayerProgram, whole_layer
 from conformance.row_cases import RowCase, RowCell
+
+#: Programs of experts and layers.
+AnyLayerProgram = WholeLayerProgram | ExpertProgram | SortProgram
 
 
 class HarnessError(Exception):
@@ -190,7 +196,8 @@ class RankSession:
         self._backend = backend(setup.backend, arch=setup.arch)
         self._session = self._backend.open(self._context)
         self._operation: Any = None
-        self._program: Program | RowProgram | LayerProgram | ExpertProgram | SortProgram | None = None
+        self._neighbours = Neighbours(self._backend, self._session, setup.arch)
+        self._program: Program | RowProgram | AnyLayerProgram | None = None
 
     def build(self, cell: AnyCell) -> None:
         """Replace the operator. Collective, in the same order on every rank."""
@@ -229,15 +236,16 @@ class RankSession:
         self._operation = Together(sorts)
         return SortProgram(self._context, sorts, contract, cell)
 
-    def _layer_program(
-        self, cell: LayerCell, built: Any, contract: object
-    ) -> LayerProgram | ExpertProgram | SortProgram:
+    def _layer_program(self, cell: LayerCell, built: Any, contract: object) -> AnyLayerProgram:
         """The program of a layer, or of its experts alone: one operator for each shard then."""
         judged_by = self._backend.judged_by
         if isinstance(contract, LayerContract):
             layer = GuardedLayer(built)
             self._operation = layer
-            return LayerProgram(self._context, layer, contract, judged_by, cell)
+            self._operation, program = whole_layer(
+                self._context, self._neighbours, self._backend, self._session, layer, cell
+            )
+            return program
         if isinstance(contract, SortContract):
             return self._sort_program(cell, built, contract)
         if not isinstance(contract, ExpertContract):
@@ -247,7 +255,26 @@ class RankSession:
             with backend_code():
                 shards.append(GuardedExperts(self._session.build(cell.problem(), cell.kernel_type)))
         self._operation = Together(shards)
-        return ExpertProgram(self._context, list(shards), contract, judged_by, cell)
+        return ExpertProgram(self._context, list(shards), contract, judged_by, cell, self._whole(cell, shards))
+
+    def _whole(
+        self, cell: LayerCell, held: list[GuardedExperts]
+    ) -> Callable[[], tuple[GuardedExperts, ExpertContract]] | None:
+        """What builds the operator of one rank that holds every expert, once; None where the backend refuses it."""
+        alone = msgspec.structs.replace(cell, shards=1).problem()
+        if self._backend.support(alone, cell.kernel_type).standing is Standing.REFUSED:
+            return None
+
+        @functools.cache
+        def build() -> tuple[GuardedExperts, ExpertContract]:
+            contract = self._backend.contract(alone, cell.kernel_type)
+            assert isinstance(contract, ExpertContract)
+            with backend_code():
+                built = GuardedExperts(self._session.build(alone, cell.kernel_type))
+            held.append(built)  # closed with the others
+            return built, contract
+
+        return build
 
     def run(self, case: AnyCase) -> tuple[Mismatch | None, float]:
         """Run a case on the current operator.
@@ -257,7 +284,7 @@ class RankSession:
         """
         if isinstance(self._program, RowProgram) and isinstance(case, RowCase):
             return self._program.run(case, self._phase)
-        if isinstance(self._program, LayerProgram | ExpertProgram | SortProgram) and isinstance(case, LayerCase):
+        if isinstance(self._program, AnyLayerProgram) and isinstance(case, LayerCase):
             return self._program.run(case, self._phase)
         if isinstance(self._program, Program) and isinstance(case, Case):
             return self._program.run(case, self._phase)
@@ -277,6 +304,7 @@ class RankSession:
         """Operators, then the library, then the process group."""
         self._drop_operation()
         self._phase("close", 0)
+        self._neighbours.close()
         self._session.close()
         dist.destroy_process_group()
 

@@ -117,7 +117,7 @@ class Analysis:
             return False
 
         def allowed(candidate: AnyCase) -> bool:
-            return costly < driver.limits.hang_budget and kinds.legal(made, candidate)
+            return costly < driver.limits.hang_budget and kinds.legal(made, candidate, failure.arch)
 
         reduction = kinds.reduced(failure.minimal, fails, allowed, budget_s)
         reduction.exhausted = reduction.exhausted or costly >= driver.limits.hang_budget

@@ -21,7 +21,7 @@ import pytest
 
 from accelerated.contract import Standing
 from accelerated.experts import SEPARATOR
-from accelerated.interface import Finding
+from accelerated.interface import Backend, Finding
 from accelerated.layer import JOIN, halves_of
 from accelerated.mori_ep.backend import torch_builds
 from accelerated.mori_ep.contract import resolve
@@ -32,6 +32,7 @@ from accelerated.registry import BackendError, backend
 from conformance import __version__
 from conformance.cases import AnyCase, AnyCell, CaseError, Cell, LayerCell, decode
 from conformance.engine.lease import core_slots
+from conformance.layer_pairs import misfit
 from conformance.row_cases import RowCase, RowCell
 from conformance.suite import kinds, preflight
 from conformance.suite.cells import Plan, PlannedCell, Unsupported
@@ -363,4 +364,13 @@ def _refusal(case: AnyCase, options: Options, gpus: int | None) -> str:
         return f"backend {cell.backend!r} does not take kernel type {cell.kernel_type!r} with this problem: {reason}"
     if gpus is not None and cell.world_size > gpus:
         return f"the case needs {cell.world_size} GPUs and {gpus} are visible"
-    return ""
+    return _apart(cell, made, options) if isinstance(cell, LayerCell) and cell.against else ""
+
+
+def _apart(cell: LayerCell, made: Backend, options: Options) -> str:
+    """Why a layer cannot be compared with what its case names; empty if it can."""
+    try:
+        reason = misfit(cell, made, backend(cell.against, options.arch))
+    except BackendError as error:
+        reason = str(error)
+    return f"outputs of {cell.against}, {cell.against_type}: {reason}" if reason else ""
