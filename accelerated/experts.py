@@ -103,9 +103,11 @@ class ExpertContract:
         deterministic: the same call twice gives the same bits.
         rows_alone: a row has the same bits whatever other rows are in the call, at the same number of rows.
         bits_at_any_rows: a row has the same bits whatever the number of rows, on one side of every boundary.
-        one_term_bits: a row of which at most one weight is not zero has the same bits in every call with as many rows,
-            even where ``deterministic`` or ``rows_alone`` is not promised: all that differs is the order of additions,
-            and there is at most one that is not with zero.
+        one_term_bits: what a slot adds to its row has the same bits in every call with as many rows, even where
+            ``deterministic`` or ``rows_alone`` is not promised: all that differs is the order of additions, so that a
+            row of which at most one weight is not zero has the same bits.
+        bits_at_any_shards: what a slot adds to its row has the same bits however many ranks share the experts, where
+            the numerics are the same.
 
     Raises:
         ContractError: wire and numerics disagree.
@@ -126,6 +128,7 @@ class ExpertContract:
     rows_alone: bool = True
     bits_at_any_rows: bool = False
     one_term_bits: bool = False
+    bits_at_any_shards: bool = False
 
     def __post_init__(self) -> None:
         if self.wire is not None and self.wire.granularity not in (Granularity.TOKEN, Granularity.GROUP):
@@ -138,6 +141,11 @@ class ExpertContract:
     def weight_codec(self) -> Codec | None:
         """How the weights are stored; the same at every number of rows."""
         return self.numerics(1).weight_codec
+
+    @property
+    def terms_keep_bits(self) -> bool:
+        """Whether what a slot adds to its row is one number in every call with the same rows and ids."""
+        return self.deterministic or self.one_term_bits
 
 
 class ExpertOperation(Protocol):

@@ -350,10 +350,12 @@ def validate_layer(case: LayerCase) -> None:
         raise CaseError(f"shards is {cell.shards}; give a number that divides the {cell.experts} experts")
     if not 0 <= cell.redundant < cell.experts:
         raise CaseError(f"redundant is {cell.redundant}; give 0 to {cell.experts - 1}")
-    if bool(cell.against) != bool(cell.against_type) or (cell.against and (not cell.whole or cell.router)):
+    if bool(cell.against) != bool(cell.against_type) or (
+        cell.against and (not cell.whole or cell.router or cell.redundant)
+    ):
         raise CaseError(
-            f"against is {cell.against!r} and against_type {cell.against_type!r}; give both to a layer without a "
-            f"router, or neither"
+            f"against is {cell.against!r} and against_type {cell.against_type!r}; give both to a layer without "
+            f"replicas and without a router, or neither"
         )
     if cell.router:
         _validate_router(case)

@@ -45,6 +45,8 @@ _VALUES: tuple[Values, ...] = ("normal", "normal", "integers", "wide")
 _WEIGHTINGS: tuple[Weighting, ...] = ("signed", "single", "zeros", "positive", "ones")
 #: Rows at which kernels are known to switch, declared or not.
 _SWITCHES = (15, 16, 17, 31, 32, 33, 64, 255, 256, 257)
+#: More rows than this are slow to judge once for each slot.
+_MANY = 64
 RELATIONS: tuple[Relation, ...] = get_args(Relation)[1:]
 #: Part of a layer's cases for that placement.
 ROUND_ROBIN = "round-robin"
@@ -102,8 +104,12 @@ def _suits(a_round: LayerRound, contract: ExpertContract, cell: LayerCell) -> bo
         spare = cell.rows - sum(routing_counts(a_round.routing)) - a_round.tail
         if not (a_round.counted or a_round.tail) or spare < 1:
             return False
-    if a_round.relation == "shards added" and a_round.quantised:
-        return False
+    if a_round.relation == "shards added":
+        # One rank that holds every expert may look ids up unmasked, and its rows are not quantised twice.
+        routing = a_round.routing
+        masked = isinstance(routing, Explicit) and any(-1 in row for rows in routing.rows for row in rows)
+        if masked or a_round.quantised:
+            return False
     return a_round.relation in relations_of(contract, cell)
 
 
@@ -180,9 +186,17 @@ def _rungs(cell: LayerCell, contract: ExpertContract, *, short: bool) -> Iterato
         # A buffer without a tail may take another path.
         spare = cell.rows - few - (relation == "larger buffer")
         tail = min(3, spare) if counted and relation != "scaled weights" else 0
-        routing = _routing(cell, few, "uniform", seed=seed)
+        # Experts that do not say how they round do so from some number of rows on.
+        above = [boundary + 1 for boundary in contract.boundaries if boundary < min(_MANY, cell.capacity)]
+        rows = max([few, *above]) if relation == "slots apart" else few
+        routing = _routing(cell, rows, "uniform", seed=seed)
         yield _one(
-            cell, routing, relation=relation, weighting=_weighting_for(relation) or "signed", tail=tail, counted=counted
+            cell,
+            routing,
+            relation=relation,
+            weighting=_weighting_for(relation) or "signed",
+            tail=min(tail, cell.rows - rows),
+            counted=counted,
         )
 
 
@@ -245,6 +259,7 @@ def layer_ladder(cell: LayerCell, contract: LayerContract) -> Iterator[LayerCase
         replicas = [cell.logical - 1 - i % cell.logical for i in range(cell.redundant)]
         # Everybody moves; then replicas of one expert lie beside each other.
         moved = (*reversed(range(cell.logical)), *replicas)
+        counts = (counts[0], counts[2], counts[1])
         tables = ((), moved, (*([0] * cell.redundant), *range(cell.logical)))
     rounds_ = []
     for number, (count, physical) in enumerate(zip(counts, tables, strict=True)):
@@ -254,7 +269,9 @@ def layer_ladder(cell: LayerCell, contract: LayerContract) -> Iterator[LayerCase
         )
         repeats = takes_duplicates(contract) and not cell.router
         routing = Explicit(rows if repeats else _without_repeats(rows, cell.logical))
-        weighting: Weighting = "single" if cell.against else "signed"
+        # With one term in a token what another replica makes of it has the same bits.
+        one_term = bool(cell.against) or (cell.redundant > 0 and number == len(counts) - 1)
+        weighting: Weighting = "single" if one_term else "signed"
         rounds_.append(LayerRound(routing, values="normal", seed=number, weighting=weighting, physical=physical))
     yield LayerCase(cell, tuple(rounds_))
 

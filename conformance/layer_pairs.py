@@ -64,7 +64,7 @@ def _experts(cell: LayerCell, mine: LayerContract, other: LayerContract) -> str:
     experts = mine.experts
     if experts.deterministic and _same_call(mine.exchange, other.exchange):
         return ""
-    if not _rows_keep_bits(experts):
+    if not rows_keep_bits(experts):
         return "the experts promise no bits to a row among other rows"
     if mine.buffer_rows is not None and mine.buffer_rows == other.buffer_rows:
         return ""
@@ -78,7 +78,7 @@ def _experts(cell: LayerCell, mine: LayerContract, other: LayerContract) -> str:
     return f"{sizes}, and the experts take another path beyond {crossed[0]}" if crossed else ""
 
 
-def _rows_keep_bits(experts: ExpertContract) -> bool:
+def rows_keep_bits(experts: ExpertContract) -> bool:
     """Whether a row of one term has the same bits among any other rows, at the same number of rows."""
     return experts.one_term_bits or (experts.deterministic and experts.rows_alone)
 

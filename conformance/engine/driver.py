@@ -290,6 +290,8 @@ CHECK_ORDER = (
     "layer.output",
     "layer.equal",
     "eplb.load",
+    "eplb.logical_load",
+    "eplb.replicas",
     "outputs.overwritten",
     "outputs.guard",
     "inputs.modified",

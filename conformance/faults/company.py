@@ -1,7 +1,7 @@
 """Experts that go wrong only where one rank holds every expert.
 
-Scope: defects that the calls of the shards cannot show; see :mod:`conformance.faults.layer_catalogue`. They
-prove nothing about defects inside a kernel.
+Scope: defects that the acceptance of the shards need not show; see
+:mod:`conformance.faults.layer_catalogue`. They prove nothing about defects inside a kernel.
 """
 
 from __future__ import annotations

@@ -287,6 +287,17 @@ _FAULTS = (
         base=_WHOLE,
     ),
     LayerFault(
+        "replica_bit_flipped",
+        "the first gate row of the last expert of rank 0 has its last bits flipped",
+        "",
+        "IntraNode/fused_moe.fp8_token",
+        _on_two((1,)),
+        {"top_k": 1},
+        check="eplb.replicas",
+        subject="eplb",
+        base=_WHOLE,
+    ),
+    LayerFault(
         "row_bit_flipped",
         "rows arrive with the last bit of their first element flipped",
         "",

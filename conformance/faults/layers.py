@@ -21,6 +21,7 @@ from conformance.faults.whole_layers import (
     Layer,
     LoadOfOwnTokens,
     LocalExpertsOnly,
+    ReplicaBitFlipped,
     RowBitFlipped,
     StaleReplica,
     TokensSwapped,
@@ -348,6 +349,7 @@ DEFECTS: dict[str, type[Experts] | type[Sort] | type[Layer]] = {
     "last_slot_lost": LastSlotLost,
     "tokens_swapped": TokensSwapped,
     "stale_replica": StaleReplica,
+    "replica_bit_flipped": ReplicaBitFlipped,
     "row_bit_flipped": RowBitFlipped,
     "load_of_own_tokens": LoadOfOwnTokens,
 }

@@ -82,6 +82,17 @@ class StaleReplica(Layer):
         super().load(weights, owned)
 
 
+class ReplicaBitFlipped(Layer):
+    """``replica_bit_flipped``."""
+
+    def load(self, weights: ExpertWeights, owned: Sequence[int]) -> None:
+        if self.rank == 0:
+            first = weights.w1.clone()
+            first.view(torch.uint8)[-1, 0].bitwise_xor_(1)
+            weights = replace(weights, w1=first)
+        super().load(weights, owned)
+
+
 class RowBitFlipped(Layer):
     """``row_bit_flipped``."""
 

@@ -96,7 +96,13 @@ class CrossLayerProgram:
             layer.clear()
         # Both whatever the first one's verdict: a rank that passed it waits in the second one's collectives.
         mine, ratio = self._programs[0].run(case, phase)
-        other, other_ratio = self._programs[1].run(case, phase)
+        rounds = len(case.rounds)
+
+        def later(name: str, index: int) -> None:
+            # Behind the first layer's rounds, and the backend's code has run by then.
+            phase(name if name not in ("inputs", "expected") else f"other {name}", rounds + index)
+
+        other, other_ratio = self._programs[1].run(case, later)
         if other is not None:
             name = f"{self._cell.against}, {self._cell.other.kernel_type}"
             other = msgspec.structs.replace(other, message=f"{name}: {other.message}")

@@ -25,11 +25,10 @@ from conformance.rank.judge_experts import judge_layout, judge_output, judge_sam
 from conformance.rank.judge_rows import first_rows, judge_quantised, read_quantised
 from conformance.rank.layer_inputs import layer_inputs, poisoned
 from conformance.rank.oracle_experts import expected_by_oracle
-from conformance.rank.parts import shards_together, slot_calls, slots_together
+from conformance.rank.parts import one_slot_each, slot_calls, slots_together
 from conformance.rank.phases import SetPhase
 from conformance.rank.relations import other_order, second_call
 from reference import experts
-from reference.expert_numerics import ExpertNumerics
 from reference.expert_weights import ExpertWeights
 from reference.intervals import Interval
 from reference.placement import owned_experts
@@ -69,6 +68,7 @@ class ExpertProgram:
         self._dtype = getattr(torch, cell.dtype)
         names = range(cell.experts + cell.shared)
         self._everything = self._weights(names)
+        self._shard_of = torch.zeros(cell.experts, dtype=torch.int64, device=context.device)
         self._local: list[ExpertWeights] = []
         self._slots: list[torch.Tensor] = []
         for shard, operation in enumerate(operations):
@@ -77,6 +77,7 @@ class ExpertProgram:
             operation.load(local, owned)
             slots = torch.full((len(names),), -1, dtype=torch.int64, device=context.device)
             slots[owned] = torch.arange(len(owned), device=context.device)
+            self._shard_of[owned[: len(owned) - cell.shared]] = shard
             self._local.append(local)
             self._slots.append(slots)
 
@@ -87,6 +88,8 @@ class ExpertProgram:
             phase("inputs", index)
             routing = expand(case.cell, a_round.routing)
             inputs = layer_inputs(case, index, 0, routing, self._context.device)
+            if a_round.relation == "shards added":
+                inputs.weights = one_slot_each(inputs.ids, inputs.weights, self._shard_of)
             calls: list[_Call] = []
             for shard in range(len(self._operations)):
                 phase("experts", index)
@@ -122,27 +125,28 @@ class ExpertProgram:
         routed = owned_experts(self._cell.experts, self._cell.shards, shard, self._cell.placement)
         return [*routed, *range(self._cell.experts, self._cell.experts + self._cell.shared)]
 
-    def _shared_everywhere(self, inputs: Inputs) -> Inputs:
+    def _shared_everywhere(self, inputs: Inputs, weight: float) -> Inputs:
         """With shared experts: their columns, as one rank has them."""
         cell, tokens = self._cell, inputs.rows.shape[0]
         names = torch.arange(cell.experts, cell.experts + cell.shared, device=inputs.ids.device).to(inputs.ids.dtype)
-        ones = torch.ones(tokens, cell.shared, device=inputs.weights.device)
+        weights = torch.full((tokens, cell.shared), weight, device=inputs.weights.device)
         return Inputs(
             inputs.rows.clone(),
             torch.cat([inputs.ids, names.expand(tokens, -1)], 1),
-            torch.cat([inputs.weights, ones], 1),
+            torch.cat([inputs.weights, weights], 1),
         )
 
-    def _shards_inputs(self, shard: int, inputs: Inputs) -> Inputs:
+    def _shards_inputs(self, shard: int, inputs: Inputs, weight: float) -> Inputs:
         """Shared experts' columns are real on the shard that a token's number names and masked elsewhere."""
-        given, cell = self._shared_everywhere(inputs), self._cell
+        given, cell = self._shared_everywhere(inputs, weight), self._cell
         number = torch.arange(len(given.ids), device=given.ids.device).unsqueeze(1)
         given.ids[:, cell.top_k :][(number % cell.shards != shard).expand(-1, cell.shared)] = -1
         return given
 
     # ------------------------------------------------------------------ the backend
     def _call(self, shard: int, a_round: LayerRound, inputs: Inputs) -> _Call:
-        mine = self._shards_inputs(shard, inputs)
+        # Where every shard is to have one slot of a token, shared experts have none.
+        mine = self._shards_inputs(shard, inputs, 0.0 if a_round.relation == "shards added" else 1.0)
         valid = mine.rows.shape[0]
         counted = self._contract.takes_num_rows and (a_round.tail > 0 or a_round.counted)
         given = poisoned(mine, a_round.tail if counted else 0, self._cell.experts)
@@ -281,7 +285,7 @@ class ExpertProgram:
                 return mismatch, worst
             outputs.append(got.clone())
         numerics = self._contract.numerics(call.given.rows.shape[0])
-        if not self._contract.deterministic or numerics.inner_parts > 1:
+        if not self._contract.terms_keep_bits or numerics.inner_parts > 1:
             return None, worst
         whole = slots_together(outputs, call.given.weights[: call.valid], numerics, self._dtype)
         mismatch, ratio = judge_output(
@@ -290,34 +294,32 @@ class ExpertProgram:
         return mismatch, max(worst, ratio)
 
     def _together(self, index: int, inputs: Inputs, calls: list[_Call]) -> tuple[Mismatch | None, float]:
-        """The shards' outputs added up, and the operator of one rank that holds every expert."""
-        names = list(range(self._cell.experts + self._cell.shared))
-        given = self._shared_everywhere(inputs)
-        slots = torch.arange(len(names), device=given.ids.device)
-        outputs = [call.kept[: call.valid] for call in calls]
-
-        def accepted(numerics: ExpertNumerics) -> Interval:
-            rows = Interval.exact(given.rows.double())
-            judge = expected_by_oracle if self._judged_by == "oracle" else experts.accepted
-            return judge(rows, given.ids, given.weights, self._everything, slots, numerics, self._dtype)
-
-        numerics = self._contract.numerics(calls[0].given.rows.shape[0])
-        total = torch.stack([output.double() for output in outputs]).sum(0)
-        bound = shards_together(outputs, accepted(numerics), numerics)
-        mismatch, worst = judge_output("experts.shards", index, total, bound, given.ids, where="the shards added up: ")
-        if mismatch is not None or self._whole is None:
-            return mismatch, worst
+        """The operator of one rank that holds every expert: judged by itself, and against the shards' outputs."""
+        if self._whole is None:
+            return None, 0.0
         operation, contract = self._whole()
+        given = self._shared_everywhere(inputs, 0.0)
+        names = list(range(self._cell.experts + self._cell.shared))
+        slots = torch.arange(len(names), device=given.ids.device)
         operation.load(self._everything, names)
         output = operation.experts(given.rows.clone(), given.ids.clone(), given.weights.clone())
         synchronise(self._context.device)
-        mismatch = judge_layout("experts.layout", index, output, tuple(given.rows.shape), self._dtype)  # type: ignore[arg-type]
+        mismatch = judge_layout("experts.layout", index, output, (len(given.rows), self._cell.hidden), self._dtype)
         if mismatch is not None:
+            return mismatch, 0.0
+        numerics = contract.numerics(len(given.rows))
+        judge = expected_by_oracle if self._judged_by == "oracle" else experts.accepted
+        rows = Interval.exact(given.rows.double())
+        accepted = judge(rows, given.ids, given.weights, self._everything, slots, numerics, self._dtype)
+        where = "one rank with every expert: "
+        mismatch, worst = judge_output("experts.shards", index, output, accepted, given.ids, where=where)
+        same = all(self._contract.numerics(len(call.given.rows)) == numerics for call in calls)
+        kept = contract.bits_at_any_shards and contract.terms_keep_bits and numerics.inner_parts == 1 and same
+        if mismatch is not None or not kept:
             return mismatch, worst
-        alone = accepted(contract.numerics(given.rows.shape[0]))
-        mismatch, ratio = judge_output(
-            "experts.shards", index, output, alone, given.ids, where="one rank with every expert: "
-        )
+        added = slots_together([call.kept[: call.valid] for call in calls], given.weights, numerics, self._dtype)
+        where = "the shards added up against one rank with every expert: "
+        mismatch, ratio = judge_output("experts.shards", index, output, added, given.ids, where=where)
         return mismatch, max(worst, ratio)
 
     def _well_made(self, index: int, call: _Call) -> Mismatch | None:

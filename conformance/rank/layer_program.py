@@ -55,7 +55,7 @@ class LayerProgram:
         context, rank = self._context, self._context.rank
         phase("inputs", 0)
         routings = [expand(case.cell, r.routing, rank) for r in case.rounds]
-        placed = self._placements(case)
+        placed = tables_of(case)
         inputs = [layer_inputs(case, i, rank, r, context.device) for i, r in enumerate(routings)]
         handed = [self._wired(one, p) for one, p in zip(inputs, placed, strict=True)]
         pristine = [one.clone() for one in handed]
@@ -66,16 +66,15 @@ class LayerProgram:
         phase("judge", 0)
         return self._judge(seen, handed, pristine, expected, routings)
 
-    # ------------------------------------------------------------------ placement
-    def _placements(self, case: LayerCase) -> list[tuple[int, ...]]:
-        """Logical expert of every physical one, for each round."""
-        cell = case.cell
-        current, found = eplb.initial_map(cell.logical, cell.redundant), []
-        for a_round in case.rounds:
-            current = a_round.physical or current
-            found.append(current)
-        return found
+    def again(self, case: LayerCase, index: int, placed: tuple[int, ...], phase: SetPhase) -> torch.Tensor:
+        """Output of round ``index`` once more, with the experts placed otherwise. Collective."""
+        routing = expand(case.cell, case.rounds[index].routing, self._context.rank)
+        inputs = layer_inputs(case, index, self._context.rank, routing, self._context.device)
+        output = self._round(case, index, self._wired(inputs, placed), placed, phase)
+        synchronise(self._context.device)
+        return output
 
+    # ------------------------------------------------------------------ placement
     def _owned(self) -> tuple[int, ...]:
         """Ids of this rank's experts, as the exchange knows them."""
         cell = self._cell
@@ -235,3 +234,12 @@ class LayerProgram:
             if mismatch is not None:
                 return mismatch, worst
         return None, worst
+
+
+def tables_of(case: LayerCase) -> list[tuple[int, ...]]:
+    """Logical expert of every physical one, for each round."""
+    current, found = eplb.initial_map(case.cell.logical, case.cell.redundant), []
+    for a_round in case.rounds:
+        current = a_round.physical or current
+        found.append(current)
+    return found

@@ -1,10 +1,12 @@
-"""The program of a layer whose experts are replicated: outputs, and the load that each rank counts.
+"""The program of a layer whose experts are replicated: outputs, replicas, and the load that each rank counts.
 
 A rebalance weighs loads, and a rank sees only its own experts, but tokens of every rank: a load counted from the
 rank's own tokens gives placements that look reasonable and are wrong. After the last round each rank's counts are
 compared with those of all ranks' tokens, which every rank knows from the routing and the replica maps, and the sum over
-ranks and replicas with how often the tokens name each logical expert; both are exact. What a pass does not prove: that
-the load reaches a rebalance, or that what it does with it is any good.
+ranks and replicas with how often the tokens name each logical expert; both are exact. Then the last round is run again
+with every expert placed otherwise: where the contract promises the bits of a single term, the outputs must have them,
+which an acceptance of experts that do not say how they round could not tell. What a pass does not prove: that the load
+reaches a rebalance, or that what it does with it is any good.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from accelerated.experts import LayerContract, LayerOperation
 from accelerated.interface import RankContext
 from conformance.cases import LayerCase, LayerCell, Rows, expand
 from conformance.engine.protocol import Mismatch
-from conformance.rank.layer_program import LayerProgram
+from conformance.layer_pairs import one_term, rows_keep_bits
+from conformance.rank.layer_program import LayerProgram, tables_of
 from conformance.rank.phases import SetPhase
 from conformance.rank.recorded_layer import RecordedLayer
 from reference import eplb
@@ -30,7 +33,7 @@ class LoadProgram:
     def __init__(
         self, context: RankContext, operation: LayerOperation, contract: LayerContract, judged_by: str, cell: LayerCell
     ) -> None:
-        self._context, self._cell = context, cell
+        self._context, self._cell, self._contract = context, cell, contract
         self._layer = RecordedLayer(operation, loads=True)
         self._program = LayerProgram(context, self._layer, contract, judged_by, cell)
 
@@ -40,7 +43,16 @@ class LoadProgram:
         mismatch, ratio = self._program.run(case, phase)
         # Collective, so whatever the outputs are; a rank that raised ends the others' waiting by its answer.
         found = self._judge_loads(case, [load.cpu() for load in self._layer.loads])
-        return mismatch or found, ratio
+        moved = self._judge_replicas(case, phase) if replicas_promised(self._contract, case) else None
+        return mismatch or found or moved, ratio
+
+    def _judge_replicas(self, case: LayerCase, phase: SetPhase) -> Mismatch | None:
+        """The last round once more, with every replica on another rank and its tokens on other replicas. Collective."""
+        last = len(case.rounds) - 1
+        first = self._layer.outputs[last]
+        output = self._program.again(case, last, tuple(reversed(tables_of(case)[last])), phase)
+        rows = expand(case.cell, case.rounds[last].routing, self._context.rank)[self._context.rank]
+        return judge_replicas(last, output, first, rows, self._context.rank)
 
     def _judge_loads(self, case: LayerCase, loads: list[torch.Tensor]) -> Mismatch | None:
         cell, rank = self._cell, self._context.rank
@@ -67,13 +79,34 @@ class LoadProgram:
         return None
 
 
-def tables_of(case: LayerCase) -> list[tuple[int, ...]]:
-    """Logical expert of every physical one, for each round."""
-    current, found = eplb.initial_map(case.cell.logical, case.cell.redundant), []
-    for a_round in case.rounds:
-        current = a_round.physical or current
-        found.append(current)
-    return found
+def replicas_promised(contract: LayerContract, case: LayerCase) -> bool:
+    """Whether the last round has the same bits wherever its experts lie: one term, in a buffer of one size."""
+    return (
+        contract.buffer_rows is not None and rows_keep_bits(contract.experts) and one_term(case.cell, case.rounds[-1])
+    )
+
+
+def judge_replicas(
+    index: int, got: torch.Tensor, first: torch.Tensor, rows: tuple[tuple[int, ...], ...], rank: int
+) -> Mismatch | None:
+    """Outputs ``[n, H]`` of the same tokens by other replicas: NaN is a difference, the sign of a zero is none."""
+    differs = ~(got == first)
+    if not bool(differs.any()):
+        return None
+    token, element = differs.nonzero()[0].tolist()
+    return Mismatch(
+        "eplb.replicas",
+        index,
+        f"{int(differs.sum())} of {got.numel()} elements are others where other replicas of the same experts computed "
+        f"them",
+        source_rank=rank,
+        token=token,
+        element=element,
+        got=repr(float(got[token, element])),
+        wanted=repr(float(first[token, element])),
+        bound="the same bits, a zero's sign apart",
+        routed=str(list(rows[token])),
+    )
 
 
 def load_of(rows: Rows, table: tuple[int, ...], cell: LayerCell) -> torch.Tensor:
@@ -114,7 +147,7 @@ def judge_logical_load(
         return None
     expert = next(e for e in range(logical) if got[e] != named[e])
     return Mismatch(
-        "eplb.load",
+        "eplb.logical_load",
         index,
         f"the loads of all ranks, summed over replicas, are {got}, and the tokens name the logical experts {named} "
         f"times; first at logical expert {expert}",

@@ -1,11 +1,11 @@
-"""Additivity of the experts: a token's slots one by one, and its shards' sums, against the whole.
+"""Additivity of the experts: a token's slots one by one, and its shards' outputs, against the whole.
 
 Scope: a routing weight counts once and for its own slot, negative weights included, and expert parallelism changes
-nothing. *Slots apart*: a call for each slot, in which it alone has its weight. Where the contract promises the same
-bits for the same call, a slot's term is the same number in every call, and only the last roundings are left between the
-calls' sum and the whole: far less than the acceptance of experts that do not say how they round. *Shards added*: the
-shards' outputs add up to what one rank that holds every expert may give. What holding relations do not prove: that the
-terms are right; each call is judged by its own acceptance for that.
+nothing. *Slots apart*: a call for each slot, in which it alone has its weight. *Shards added*: every shard has one slot
+of a token, and one rank that holds every expert has them all. A slot's term is one number where the contract says that
+it has the same bits in either call, and only the last roundings are left between the sum and the whole: far less than
+the acceptance of experts that do not say how they round. Where bits are not promised each call is judged by its own
+acceptance, and nothing else. What holding relations do not prove: that the terms are right; the acceptances judge that.
 """
 
 from __future__ import annotations
@@ -33,31 +33,32 @@ def slot_calls(given: Inputs) -> list[Inputs]:
 def slots_together(
     outputs: Sequence[torch.Tensor], weights: torch.Tensor, numerics: ExpertNumerics, dtype: torch.dtype
 ) -> Interval:
-    """Every legal whole ``[n, H]``, given what the slots alone came to.
+    """Every legal whole ``[n, H]``, given what single slots came to.
 
     Args:
-        outputs: ``[n, H]`` in ``dtype`` for each slot, of calls whose terms have the whole call's bits.
+        outputs: ``[n, H]`` in ``dtype``, one slot of every row in each, of calls whose terms have the whole call's
+            bits.
         weights: ``[n, k]`` of the whole call.
         numerics: of both; its ``inner_parts`` is 1, or a term is not one number.
         dtype: element type.
     """
     assert numerics.inner_parts == 1
     ends = [_before_the_store(output, numerics) for output in outputs]
-    terms = Interval(*(torch.stack([getattr(end, name) for end in ends]) for name in ("value", "lower", "upper")))
-    count = (weights != 0).sum(1, keepdim=True)
-    return experts.sum_slots(terms, count, numerics, dtype)
+    terms = Interval(*(torch.stack([getattr(one, end) for one in ends]) for end in ("value", "lower", "upper")))
+    return experts.sum_slots(terms, (weights != 0).sum(1, keepdim=True), numerics, dtype)
 
 
-def shards_together(outputs: Sequence[torch.Tensor], whole: Interval, numerics: ExpertNumerics) -> Interval:
-    """What the shards' outputs ``[n, H]`` may add up to, given what one rank with every expert may give.
+def one_slot_each(ids: torch.Tensor, weights: torch.Tensor, shard_of: torch.Tensor) -> torch.Tensor:
+    """Weights ``[n, k]`` of which every shard has one in a row: its first slot's; the others are zero.
 
-    Each output was rounded to the element type once more than the whole's terms were, and the whole once.
+    Args:
+        ids: ``[n, k]`` global ids; -1 has no shard.
+        weights: ``[n, k]``.
+        shard_of: int64 ``[ids]``.
     """
-    dtype = outputs[0].dtype
-    slack = sum((_gaps(output, numerics) for output in outputs), torch.zeros_like(whole.value))
-    low, high = (end.to(dtype) for end in (whole.lower, whole.upper))
-    slack = slack + torch.maximum(_gaps(low, numerics), _gaps(high, numerics))
-    return Interval(whole.value, whole.lower - slack, whole.upper + slack)
+    shard = torch.where(ids >= 0, shard_of[ids.long().clamp(min=0)], -1)
+    earlier = (shard.unsqueeze(2) == shard.unsqueeze(1)).tril(-1).any(2)
+    return torch.where(earlier, 0.0, weights)
 
 
 def _before_the_store(output: torch.Tensor, numerics: ExpertNumerics) -> Interval:

@@ -49,7 +49,9 @@ class _Round:
         logits: ``[n, L]`` as handed.
         pristine: the same, kept.
         physical: ``[n, L]`` physical id of every logical expert, for each token.
-        chosen: copies of what the router returned, or None where it was not called.
+        bias: ``[L]`` as handed; None where it takes none.
+        result: what the router returned, or None where it was not called.
+        chosen: copies of it, made before anything else.
         given: ids and weights as the layer got them.
         kept: copies of these, made before.
         malformed: why the drawn routing was dispatched instead.
@@ -58,6 +60,8 @@ class _Round:
     logits: torch.Tensor
     pristine: torch.Tensor
     physical: torch.Tensor
+    bias: torch.Tensor | None = None
+    result: RouteResult | None = None
     chosen: RouteResult | None = None
     given: tuple[torch.Tensor, torch.Tensor] | None = None
     kept: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -147,11 +151,13 @@ class RoutedLayerProgram(LayerProgram):
         count = len(one.logits)
         if count == 0 and not contract.takes_empty:
             return drawn.ids, drawn.weights
-        result = self._router.operation.route(one.logits, self._bias)
+        one.bias = None if self._bias is None else self._bias.clone()
+        result = self._router.operation.route(one.logits, one.bias)
         one.malformed = layout(index, one.logits, result, contract.numerics(count))
         if one.malformed is not None:
             return drawn.ids, drawn.weights
         one.chosen = RouteResult(result.weights.clone(memory_format=torch.contiguous_format), result.ids.clone())
+        one.result = result
         # An id that names no expert would be written out of bounds; the judge sees it in the copy.
         named = result.ids.long().clamp(0, self._cell.logical - 1)
         return one.physical.gather(1, named), result.weights
@@ -185,7 +191,15 @@ class RoutedLayerProgram(LayerProgram):
         ]
         mine = [self._with_mine(routing, rows) for routing, rows in zip(routings, chosen, strict=True)]
         mismatch, ratio = super()._judge(seen, given, kept, accepted, mine)
-        return mismatch, max(worst, ratio)
+        return mismatch or self._overwritten(), max(worst, ratio)
+
+    def _overwritten(self) -> Mismatch | None:
+        """Results of the router that a later call changed; last, since it may explain nothing."""
+        for index, one in enumerate(self._rounds):
+            for name in ("ids", "weights") if one.result is not None else ():
+                if not same_bits(getattr(one.result, name).contiguous(), getattr(one.chosen, name)):
+                    return Mismatch("outputs.overwritten", index, f"a later call changed the router's {name}")
+        return None
 
     def _with_mine(self, routing: Rows, rows: tuple[tuple[int, ...], ...]) -> Rows:
         """Routing with the rows of this rank as its router chose them."""
@@ -198,6 +212,8 @@ class RoutedLayerProgram(LayerProgram):
             return Mismatch("inputs.modified", index, "the backend changed its input logits"), 0.0
         if one.chosen is None:
             return None, 0.0
+        if self._bias is not None and (one.bias is None or not same_bits(one.bias[None], self._bias[None])):
+            return Mismatch("inputs.modified", index, "the backend changed its input bias"), 0.0
         bias = torch.empty(0) if self._bias is None else self._bias
         answered = Answered(one.pristine.unsqueeze(0), None, bias, 0.0, 1.0, -1, one.chosen)
         judge = judge_route_by_oracle if self._router.judged_by == "oracle" else judge_route

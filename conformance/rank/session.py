@@ -8,17 +8,15 @@ harness are never confused.
 from __future__ import annotations
 
 import datetime
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 
-from accelerated.contract import Standing, exchange
+from accelerated.contract import exchange
 from accelerated.experts import ExpertContract, LayerContract
 from accelerated.interface import Combined, Operation, RankContext, Received
 from accelerated.operators import NormContract, NormOperation, NormResult, QuantContract, QuantOperation, QuantResult
@@ -37,6 +35,7 @@ from conformance.rank.main import RankSetup
 from conformance.rank.programs import Program
 from conformance.rank.row_programs import RowProgram
 from conformance.rank.sort_program import SortProgram
+from conformance.rank.whole_experts import whole_experts
 from conformance.rank.whole_layer import WholeLayerProgram, whole_layer
 from conformance.row_cases import RowCase, RowCell
 
@@ -255,26 +254,8 @@ class RankSession:
             with backend_code():
                 shards.append(GuardedExperts(self._session.build(cell.problem(), cell.kernel_type)))
         self._operation = Together(shards)
-        return ExpertProgram(self._context, list(shards), contract, judged_by, cell, self._whole(cell, shards))
-
-    def _whole(
-        self, cell: LayerCell, held: list[GuardedExperts]
-    ) -> Callable[[], tuple[GuardedExperts, ExpertContract]] | None:
-        """What builds the operator of one rank that holds every expert, once; None where the backend refuses it."""
-        alone = msgspec.structs.replace(cell, shards=1).problem()
-        if self._backend.support(alone, cell.kernel_type).standing is Standing.REFUSED:
-            return None
-
-        @functools.cache
-        def build() -> tuple[GuardedExperts, ExpertContract]:
-            contract = self._backend.contract(alone, cell.kernel_type)
-            assert isinstance(contract, ExpertContract)
-            with backend_code():
-                built = GuardedExperts(self._session.build(alone, cell.kernel_type))
-            held.append(built)  # closed with the others
-            return built, contract
-
-        return build
+        whole = whole_experts(self._backend, self._session, cell, shards)
+        return ExpertProgram(self._context, list(shards), contract, judged_by, cell, whole)
 
     def run(self, case: AnyCase) -> tuple[Mismatch | None, float]:
         """Run a case on the current operator.

@@ -364,7 +364,13 @@ def _refusal(case: AnyCase, options: Options, gpus: int | None) -> str:
         return f"backend {cell.backend!r} does not take kernel type {cell.kernel_type!r} with this problem: {reason}"
     if gpus is not None and cell.world_size > gpus:
         return f"the case needs {cell.world_size} GPUs and {gpus} are visible"
-    return _apart(cell, made, options) if isinstance(cell, LayerCell) and cell.against else ""
+    if not isinstance(cell, LayerCell):
+        return ""
+    if cell.router:
+        support = made.support(cell.route_problem(), cell.router)
+        if support.standing is Standing.REFUSED:
+            return f"backend {cell.backend!r} does not take router {cell.router!r}: {support.reason}"
+    return _apart(cell, made, options) if cell.against else ""
 
 
 def _apart(cell: LayerCell, made: Backend, options: Options) -> str:

@@ -92,7 +92,7 @@ def reduced(
     return Reducer(fails, allowed, budget_s).reduce(case)
 
 
-def legal(made: Backend, case: AnyCase, arch: str = "gfx942") -> bool:
+def legal(made: Backend, case: AnyCase, arch: str) -> bool:
     """Whether a reduced case is one the generator could have drawn: supported, and only what the contract takes."""
     try:
         problem = case.cell.problem()

@@ -30,6 +30,7 @@ from conformance.rank.cross_layer import Neighbours
 from conformance.rank.expert_program import ExpertProgram
 from conformance.rank.guarded_layers import GuardedLayer
 from conformance.rank.sort_program import SortProgram
+from conformance.rank.whole_experts import whole_experts
 from conformance.rank.whole_layer import whole_layer
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else {device!r}
@@ -60,7 +61,8 @@ def main():
     elif cell.check == "sort":
         program = SortProgram(context, operations, contract, cell)
     else:
-        program = ExpertProgram(context, operations, contract, made.judged_by, cell)
+        whole = whole_experts(made, session, cell, operations)
+        program = ExpertProgram(context, operations, contract, made.judged_by, cell, whole)
     mismatch, ratio = program.run(case, lambda name, index: None)
     print(f"rank {{rank}}: largest error over bound {{ratio:.3f}}", flush=True)
     if mismatch is not None:

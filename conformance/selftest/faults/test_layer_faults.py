@@ -119,15 +119,18 @@ def test_every_property_of_experts_and_layers_has_a_fault() -> None:
     assert {fault.subject for fault in LAYER_FAULTS.values()} == {"sort", "experts", "layer", "eplb"}
     sorts = {f"sort.{name}" for name in ("layout", "totals", "entries", "weights", "experts", "cleared")}
     checks = {fault.check for fault in LAYER_FAULTS.values()}
-    whole = {"layer.output", "layer.equal", "eplb.load"}
+    whole = {"layer.output", "layer.equal", "eplb.load", "eplb.replicas"}
     alone = {f"experts.{name}" for name in ("output", "relation", "bits", "shards")}
     assert checks == {"route.weights", *alone, *whole, *sorts}
 
 
-@pytest.mark.parametrize("name", ["weights_ignored", "local_experts_only", "weights_of_padded_rows", "row_bit_flipped"])
+@pytest.mark.parametrize(
+    "name",
+    ["weights_ignored", "alone_without_the_last", "local_experts_only", "weights_of_padded_rows", "row_bit_flipped"],
+)
 def test_the_stand_alone_script_shows_it(harnesses: dict[str, Harness], name: str) -> None:
     fault = LAYER_FAULTS[name]
-    _, failure = caught(harnesses[fault.arch], gate_cells(fault)[:1])
+    _, failure = caught(harnesses[fault.arch], gate_cells(fault))
     ranks = failure.minimal.cell.world_size
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     script = str(failure.directory / "reproduce.py")

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from conformance.rank.cross_layer import judge_equal
-from conformance.rank.load_program import judge_load, judge_logical_load, load_of, tables_of
+from conformance.rank.layer_program import tables_of
+from conformance.rank.load_program import judge_load, judge_logical_load, load_of
 from conformance.selftest.rank import scenarios_cross_layers
 from conformance.selftest.reference import ranks
 from conformance.selftest.suite.layer_cells import layer_cell, one

@@ -24,12 +24,11 @@ from conformance.engine.protocol import Mismatch
 from conformance.layer_generation import relations_of, takes
 from conformance.rank.expert_program import ExpertProgram
 from conformance.rank.inputs import Inputs
-from conformance.rank.parts import shards_together, slot_calls, slots_together
+from conformance.rank.parts import one_slot_each, slot_calls, slots_together
 from conformance.rank.relations import second_call
 from conformance.selftest.suite.layer_cells import PLAIN, experts_cell, experts_contract, one
 from reference.codecs import STANDARD
 from reference.expert_numerics import SlotSum, WeightStage
-from reference.intervals import Interval
 
 CPU = torch.device("cpu")
 #: A quantiser of the intermediate whose groups are not known: no acceptance sees a small slot.
@@ -64,7 +63,7 @@ def right(weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def drops_the_least(weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The least of several weights is taken for zero."""
     several = (weights != 0).sum(1, keepdim=True) > 1
-    least = weights.abs().argmin(1, keepdim=True)
+    least = torch.where(weights == 0, torch.inf, weights.abs()).argmin(1, keepdim=True)
     return torch.where(several, weights.scatter(1, least, 0.0), weights)
 
 
@@ -116,6 +115,7 @@ def test_a_slot_that_is_lost_in_company_only_is_found_where_the_acceptance_is_wi
     assert found.check == "experts.parts"
     loose = replace(wide, deterministic=False)
     assert judged("slots apart", drops_the_least, loose) is None  # nothing is promised
+    assert judged("slots apart", drops_the_least, replace(loose, one_term_bits=True)) is not None
 
 
 @pytest.mark.parametrize("kind", SlotSum)
@@ -142,19 +142,25 @@ def test_calls_taken_apart_are_the_whole_again() -> None:
     assert all(int((call.weights != 0).sum()) == 3 and torch.equal(call.ids, given.ids) for call in calls)
 
 
-def test_shards_that_add_up_to_something_else_are_found() -> None:
+def test_one_rank_with_every_expert_is_judged_and_compared_with_the_shards() -> None:
     assert judged("shards added", right, contract_of()) is None
     found = judged("shards added", right, contract_of(), whole=drops_the_least)
     assert found is not None
     assert found.check == "experts.shards"
-    assert "one rank with every expert" in found.message
-    generator = torch.Generator().manual_seed(2)
-    outputs = [torch.randn(4, 8, generator=generator).bfloat16() for _ in range(3)]
-    total = torch.stack([one.double() for one in outputs]).sum(0)
-    stored = Interval.exact(total.bfloat16().double())
-    assert float(shards_together(outputs, stored, PLAIN).error_over_bound(total).max()) <= 1
-    left_out = total - outputs[1].double()
-    assert (shards_together(outputs, stored, PLAIN).error_over_bound(left_out) > 1).double().mean() > 0.5
+    assert found.message.startswith("one rank with every expert")
+    wide = contract_of(WIDE)
+    found = judged("shards added", right, wide, whole=drops_the_least)
+    assert found is not None
+    assert found.message.startswith("the shards added up")
+    # Which is all that sees it, and only where bits are promised.
+    assert judged("shards added", right, replace(wide, bits_at_any_shards=False), whole=drops_the_least) is None
+
+
+def test_every_shard_has_its_first_slot_of_a_row() -> None:
+    ids = torch.tensor([[0, 1, 4, 5], [4, -1, -1, 0], [3, 2, 1, 0]])
+    shard_of = torch.tensor([0, 0, 0, 0, 1, 1])
+    found = one_slot_each(ids, torch.full((3, 4), 2.0), shard_of)
+    assert found.tolist() == [[2, 0, 2, 0], [2, 2, 0, 2], [2, 0, 0, 0]]
 
 
 def test_relations_that_say_nothing_are_not_asked_for() -> None:
@@ -172,6 +178,9 @@ def test_relations_that_say_nothing_are_not_asked_for() -> None:
     full = one(cell, *[(0, 1, 2, 3)] * cell.capacity, relation="larger buffer", counted=True)
     assert not takes(experts_contract(), full)
     assert takes(experts_contract(), one(cell, (0, 1, 2, 3), relation="larger buffer", counted=True))
+    # One rank that holds every expert may have no mask to drop a slot with.
+    assert not takes(experts_contract(), one(cell, (-1, 1, 2, 3), relation="shards added"))
+    assert takes(experts_contract(), one(cell, (0, 1, 2, 3), relation="shards added"))
     assert not takes(experts_contract(), one(cell, (0, 1, 2, 3), relation="larger buffer"))
 
 

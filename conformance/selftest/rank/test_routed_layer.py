@@ -232,23 +232,60 @@ def test_a_wrong_layer_is_told_from_a_wrong_router(layer: type[Seen], check: str
     assert mismatch.check == check
 
 
-def test_logits_that_the_router_changes_are_seen() -> None:
-    case = eight((0, 4), (3, 6))
+class Masking(ReferenceRouter):
+    """Masks an expert in what it was handed."""
 
-    class Masking(ReferenceRouter):
-        def route(self, logits: torch.Tensor, bias: torch.Tensor | None) -> RouteResult:
-            found = super().route(logits, bias)
-            logits[0, 0] = -torch.inf
-            return found
+    def route(self, logits: torch.Tensor, bias: torch.Tensor | None) -> RouteResult:
+        found = super().route(logits, bias)
+        logits[0, 0] = -torch.inf
+        return found
 
+
+class Unbiased(ReferenceRouter):
+    """Clears its bias, and chooses without."""
+
+    def route(self, logits: torch.Tensor, bias: torch.Tensor | None) -> RouteResult:
+        assert bias is not None
+        return super().route(logits, bias.zero_())
+
+
+class Reusing(ReferenceRouter):
+    """Returns the same ids again in every round."""
+
+    held: RouteResult | None = None
+
+    def route(self, logits: torch.Tensor, bias: torch.Tensor | None) -> RouteResult:
+        found = super().route(logits, bias)
+        if self.held is None:
+            self.held = found
+        else:
+            self.held.ids.copy_(found.ids)
+        return found
+
+
+def routed_by(router: type[ReferenceRouter], case: LayerCase) -> Mismatch | None:
     cell = case.cell
-    router = Router(Masking(cell.router), MADE.route_contract(cell.route_problem(), cell.router), "oracle")
+    made = Router(router(cell.router), MADE.route_contract(cell.route_problem(), cell.router), "reference")
     context: Any = RankContext(0, 1, CPU, None, "gfx942")  # type: ignore[arg-type]
     declared = MADE.contract(cell.problem(), cell.kernel_type)
-    program = program_of(context, Seen(cell), declared, "oracle", cell, router)
-    mismatch, _ = program.run(case, lambda name, index: None)
-    assert mismatch is not None
-    assert (mismatch.check, mismatch.message) == ("inputs.modified", "the backend changed its input logits")
+    program = program_of(context, Seen(cell), declared, "reference", cell, made)
+    return program.run(case, lambda name, index: None)[0]
+
+
+def test_what_the_router_changes_is_seen() -> None:
+    found = routed_by(Masking, eight((0, 4), (3, 6)))
+    assert found is not None
+    assert (found.check, found.message) == ("inputs.modified", "the backend changed its input logits")
+    grouped = drawn(routed_cell("grouped_g8t4k8", experts=32), tuple(range(0, 16, 2)))
+    assert routed_by(ReferenceRouter, grouped) is None
+    found = routed_by(Unbiased, grouped)
+    assert found is not None
+    assert found.check in ("inputs.modified", "route.weights", "route.choice")
+    first = eight((0, 4), (3, 6))
+    later = LayerCase(first.cell, (*first.rounds, *eight((1, 5), (2, 7)).rounds))
+    found = routed_by(Reusing, later)
+    assert found is not None
+    assert (found.check, found.message) == ("outputs.overwritten", "a later call changed the router's ids")
 
 
 def test_a_router_that_takes_no_empty_call_gets_none() -> None:

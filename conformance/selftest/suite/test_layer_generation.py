@@ -69,6 +69,12 @@ def test_the_ladder_takes_both_sides_of_a_boundary_and_the_long_buffer() -> None
     assert max(c.rounds[0].tail for c in cases) == 4 * 4095
 
 
+def test_slots_come_apart_where_experts_have_left_their_first_path() -> None:
+    cases = ladder(experts_cell(capacity=300), experts_contract(boundaries=(16, 32, 100)))
+    (apart,) = (case for case in cases if case.rounds[0].relation == "slots apart")
+    assert apart.token_counts() == [(33,)]
+
+
 def test_no_buffer_is_longer_than_the_cell_says() -> None:
     cell = experts_cell(buffer=50)
     for case in ladder(cell, experts_contract()):

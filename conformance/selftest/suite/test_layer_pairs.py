@@ -124,7 +124,7 @@ def test_a_cell_says_what_it_is_compared_with() -> None:
     assert (beside.other.backend, beside.other.kernel_type) == ("other+mathematician", "slow/bf16")
     assert (beside.other.against, beside.other.against_type) == ("", "")
     assert "compared with other+mathematician, slow/bf16" in describe(one(beside, (0, 1)))[0]
-    for wrong in ({"against": ""}, {"against_type": ""}, {"kernel_type": "bf16"}, {"router": "any"}):
+    for wrong in ({"against": ""}, {"against_type": ""}, {"kernel_type": "bf16"}, {"router": "any"}, {"redundant": 2}):
         with pytest.raises(CaseError, match="against is"):
             validate_layer(one(cell(**wrong), (0, 1)))
 
@@ -186,9 +186,9 @@ def test_the_first_exchange_that_has_to_agree_is_taken(names: tuple[str, ...], a
 def test_a_reduced_case_stays_comparable() -> None:
     (first, *_) = [c for c in compared(plan(BOTH)) if c.top_k == 1]
     case = one(first, (0,))
-    assert kinds.legal(backend(BOTH), case)
+    assert kinds.legal(backend(BOTH), case, "gfx942")
     other = msgspec.structs.replace(first, against="allgather+reference")
-    assert not kinds.legal(backend(BOTH), msgspec.structs.replace(case, cell=other))
+    assert not kinds.legal(backend(BOTH), msgspec.structs.replace(case, cell=other), "gfx942")
 
 
 def test_a_recorded_case_is_replayed_only_beside_what_it_may_be_compared_with(tmp_path: Path) -> None:

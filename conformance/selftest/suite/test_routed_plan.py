@@ -6,7 +6,9 @@ does not prove that a planned cell runs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,9 +23,11 @@ from accelerated.registry import backend
 from conformance.cases import CaseError, LayerCase, LayerCell, decode, encode, validate_layer
 from conformance.engine import layer_steps, steps
 from conformance.layer_generation import layer_cases, layer_ladder, strata_of, takes
+from conformance.selftest.faults.conftest import gate_options
 from conformance.selftest.suite.layer_cells import layer_cell, layer_contract, one
 from conformance.suite import kinds, layer_coverage
 from conformance.suite.cells import Plan, PlannedCell
+from conformance.suite.controller import replayed_cases
 from conformance.suite.describe import describe
 from conformance.suite.layer_plan import planned_cell
 from conformance.suite.plan import make_plan
@@ -165,12 +169,12 @@ def test_what_no_router_chooses_is_no_case(change: dict[str, Any], row: tuple[in
 def test_a_reduced_case_is_legal_as_long_as_the_router_takes_it() -> None:
     made: Any = backend(SPECIFICATION)
     cell = msgspec.structs.replace(ROUTED, backend=SPECIFICATION, world_size=1)
-    assert kinds.legal(made, one(cell, (0, 1)))
-    assert not kinds.legal(made, one(cell, (1, 1)))
+    assert kinds.legal(made, one(cell, (0, 1)), "gfx942")
+    assert not kinds.legal(made, one(cell, (1, 1)), "gfx942")
     eight = msgspec.structs.replace(cell, router="route.grouped_g8t4k8", top_k=8)
-    assert kinds.legal(made, one(eight, tuple(range(8))))
+    assert kinds.legal(made, one(eight, tuple(range(8))), "gfx942")
     # Groups of one have no two to add up.
-    assert not kinds.legal(made, one(msgspec.structs.replace(eight, experts=8), tuple(range(8))))
+    assert not kinds.legal(made, one(msgspec.structs.replace(eight, experts=8), tuple(range(8))), "gfx942")
 
 
 def test_a_case_without_its_router_is_the_smaller_one() -> None:
@@ -185,3 +189,17 @@ def test_labels_reports_and_scripts_name_the_router() -> None:
     assert ROUTED.label.endswith("-route.softmax_k2")
     assert "ids and weights from route.softmax_k2" in describe(case)[0]
     assert "route.softmax_k2" in layer_script(case)
+
+
+def test_a_recorded_router_that_the_backend_lacks_is_refused_before_the_run(tmp_path: Path) -> None:
+    cell = with_router(plan(WHOLE))[0]
+    path = tmp_path / "case.json"
+    for router, runs in ((cell.router, True), ("route.after_k4", False)):
+        there = msgspec.structs.replace(cell, router=router)
+        path.write_bytes(encode(one(there, tuple(range(there.top_k)))))
+        options = replace(gate_options(tmp_path), tier="replay", replay=(path,))
+        if runs:
+            assert replayed_cases(options, ())[0]
+            continue
+        with pytest.raises(pytest.UsageError, match=r"does not take router 'route\.after_k4'"):
+            replayed_cases(options, ())
