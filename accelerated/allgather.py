@@ -39,62 +39,6 @@ def plain_calls(problem: Problem) -> Support:
     return Support(Standing.CLAIMED)
 
 
-class AllGatherBackend:
-    """Every row everywhere; needs nothing but torch.distributed."""
-
-    name = "allgather"
-    standin = False
-    judged_by = "reference"
-    kernel_types: Sequence[str] = (NAIVE,)
-
-    def support(self, problem: Problem, kernel_type: str) -> Support:
-        """Claimed for every plain problem: no size enters the arithmetic."""
-        if kernel_type != NAIVE:
-            return Support(Standing.REFUSED, f"unknown kernel type {kernel_type!r}; choose {NAIVE}")
-        return plain_calls(problem)
-
-    def contract(self, problem: Problem, kernel_type: str) -> Contract:
-        """Rows ascend by (source rank, token); the sum over ranks rounds to the element type after every addition."""
-        return Contract(
-            receive_layout=ReceiveLayout.EVERY_ROW,
-            row_order=RowOrder.SOURCE,
-            masked_slots=MaskedSlots.DROPPED,
-            accumulation=Accumulation.ELEMENT,
-            combines_weights=False,
-            source_map=True,
-        )
-
-    def preflight(self, device: str) -> list[Finding]:
-        """Nothing can be missing beyond torch."""
-        return []
-
-    def open(self, context: RankContext) -> AllGatherSession:
-        """The process group is all there is."""
-        return AllGatherSession(context)
-
-
-class AllGatherSession:
-    """Builds operations over the default process group."""
-
-    def __init__(self, context: RankContext) -> None:
-        self._context = context
-
-    def build(self, problem: Problem, kernel_type: str) -> AllGatherOperation:
-        """Allocate the buffers of one operation.
-
-        Raises:
-            ValueError: unknown kernel type, or the problem is for another number of ranks.
-        """
-        if kernel_type != NAIVE:
-            raise ValueError(f"unknown kernel type {kernel_type!r}; choose {NAIVE}")
-        if problem.world_size != self._context.world_size:
-            raise ValueError(f"the problem is for {problem.world_size} ranks, the group has {self._context.world_size}")
-        return AllGatherOperation(self._context, problem)
-
-    def close(self) -> None:
-        """The process group belongs to the rank process."""
-
-
 class AllGatherOperation:
     """One collective per call. Each rank's block holds rows, ids, weights, scales and the count, in this order.
 
@@ -216,6 +160,68 @@ class AllGatherOperation:
 
     def close(self) -> None:
         """Nothing outlives the tensors."""
+
+
+class AllGatherSession:
+    """Builds operations of one class over the default process group."""
+
+    def __init__(self, context: RankContext, kernel_types: Sequence[str], operation: type[AllGatherOperation]) -> None:
+        self._context, self._kernel_types, self._operation = context, kernel_types, operation
+
+    def build(self, problem: Problem, kernel_type: str) -> AllGatherOperation:
+        """Allocate the buffers of one operation.
+
+        Raises:
+            ValueError: unknown kernel type, or the problem is for another number of ranks.
+        """
+        if kernel_type not in self._kernel_types:
+            raise ValueError(_unknown(kernel_type, self._kernel_types))
+        if problem.world_size != self._context.world_size:
+            raise ValueError(f"the problem is for {problem.world_size} ranks, the group has {self._context.world_size}")
+        return self._operation(self._context, problem)
+
+    def close(self) -> None:
+        """The process group belongs to the rank process."""
+
+
+class AllGatherBackend:
+    """Every row everywhere; needs nothing but torch.distributed."""
+
+    name = "allgather"
+    standin = False
+    judged_by = "reference"
+    kernel_types: Sequence[str] = (NAIVE,)
+    #: What its sessions build.
+    operation: type[AllGatherOperation] = AllGatherOperation
+
+    def support(self, problem: Problem, kernel_type: str) -> Support:
+        """Claimed for every plain problem: no size enters the arithmetic."""
+        if kernel_type not in self.kernel_types:
+            return Support(Standing.REFUSED, _unknown(kernel_type, self.kernel_types))
+        return plain_calls(problem)
+
+    def contract(self, problem: Problem, kernel_type: str) -> Contract:
+        """Rows ascend by (source rank, token); the sum over ranks rounds to the element type after every addition."""
+        return Contract(
+            receive_layout=ReceiveLayout.EVERY_ROW,
+            row_order=RowOrder.SOURCE,
+            masked_slots=MaskedSlots.DROPPED,
+            accumulation=Accumulation.ELEMENT,
+            combines_weights=False,
+            source_map=True,
+        )
+
+    def preflight(self, device: str) -> list[Finding]:
+        """Nothing can be missing beyond torch."""
+        return []
+
+    def open(self, context: RankContext) -> AllGatherSession:
+        """The process group is all there is."""
+        return AllGatherSession(context, self.kernel_types, self.operation)
+
+
+def _unknown(kernel_type: str, choices: Sequence[str]) -> str:
+    return f"unknown kernel type {kernel_type!r}; choose {', '.join(choices)}"
 
 
 def _section(blocks: torch.Tensor, start: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:

@@ -88,7 +88,8 @@ class ExpertContract:
 
     Attributes:
         numerics: rounding points of a call with a buffer of so many rows, valid or not; paths differ by size.
-        boundaries: row counts m of which m and m + 1 take different paths; the suite runs both sides.
+        boundaries: row counts m of which m and m + 1 take different paths; the suite runs both sides of those within
+            a cell's capacity.
         gate_layout: of the W1 that the library gets; the adapter lays it out.
         selection: what the library is given to find its local experts.
         wire: quantiser of rows that a dispatch carries, with their scales, to these experts (the same as the numerics'
@@ -102,6 +103,11 @@ class ExpertContract:
         deterministic: the same call twice gives the same bits.
         rows_alone: a row has the same bits whatever other rows are in the call, at the same number of rows.
         bits_at_any_rows: a row has the same bits whatever the number of rows, on one side of every boundary.
+        one_term_bits: what a slot adds to its row has the same bits in every call with as many rows, even where
+            ``deterministic`` or ``rows_alone`` is not promised: all that differs is the order of additions, so that a
+            row of which at most one weight is not zero has the same bits.
+        bits_at_any_shards: what a slot adds to its row has the same bits however many ranks share the experts, where
+            the numerics are the same.
 
     Raises:
         ContractError: wire and numerics disagree.
@@ -121,6 +127,8 @@ class ExpertContract:
     deterministic: bool = True
     rows_alone: bool = True
     bits_at_any_rows: bool = False
+    one_term_bits: bool = False
+    bits_at_any_shards: bool = False
 
     def __post_init__(self) -> None:
         if self.wire is not None and self.wire.granularity not in (Granularity.TOKEN, Granularity.GROUP):
@@ -133,6 +141,11 @@ class ExpertContract:
     def weight_codec(self) -> Codec | None:
         """How the weights are stored; the same at every number of rows."""
         return self.numerics(1).weight_codec
+
+    @property
+    def terms_keep_bits(self) -> bool:
+        """Whether what a slot adds to its row is one number in every call with the same rows and ids."""
+        return self.deterministic or self.one_term_bits
 
 
 class ExpertOperation(Protocol):
@@ -246,6 +259,14 @@ class LayerOperation(Protocol):
             rows: ``[n, H]`` in the element type.
             ids: ``[n, k]`` int32 global ids, -1 only where exchange and experts both drop it.
             weights: ``[n, k]`` float32.
+        """
+
+    def record_load(self) -> None:
+        """Count the load of every forward pass from here on."""
+
+    def expert_load(self) -> torch.Tensor:
+        """Load of this rank's physical experts in the last forward pass: how many slots of all ranks' tokens came to
+        each, int64 by local slot, on the device and not overwritten by the next pass. No host sync.
         """
 
     def close(self) -> None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from accelerated.contract import ContractError, ReceiveLayout, Standing, Support, exchange
 from accelerated.experts import SEPARATOR, UNQUANTISED, ExpertContract, LayerContract, LayerProblem
-from accelerated.operators import Family, operators_of
+from accelerated.operators import Family, RowProblem, operators_of
+from accelerated.routers import RouteContract
 from reference.codecs import Codec, Granularity, ScaleFormat
 from reference.expert_numerics import WeightStage
 from reference.placement import STRATEGIES
@@ -79,6 +80,8 @@ class LayerBackend:
         self.judged_by = "oracle" if both == {"oracle"} else "reference"
         self.kernel_types: Sequence[str] = tuple(self._paths(dispatch.kernel_types))
         self.aliases: Sequence[str] = tuple(self._paths(getattr(dispatch, "aliases", ())))
+        #: Routers of the experts' half, which a layer's ids and weights may come from.
+        self.routers: Sequence[str] = tuple(operators_of(experts).get(Family.ROUTE.value, ()))
         self.patience = max(float(getattr(half, "patience", 1.0)) for half in (dispatch, experts))
 
     def _paths(self, kernel_types: Sequence[str]) -> Iterator[str]:
@@ -93,8 +96,14 @@ class LayerBackend:
         said = (str(getattr(half, "caveat", "")) for half in (self.dispatch, self.experts))
         return "\n".join(dict.fromkeys(text for text in said if text))
 
-    def support(self, problem: LayerProblem, path: str) -> Support:
-        """Refused with the first rule that the pair breaks; claimed only if both halves claim it."""
+    def support(self, problem: LayerProblem | RowProblem, path: str) -> Support:
+        """Refused with the first rule that the pair breaks; claimed only if both halves claim it.
+
+        Of a router's problem, ``path`` being its operator: as the experts' half says.
+        """
+        if isinstance(problem, RowProblem):
+            unknown = self._no_router(path)
+            return Support(Standing.REFUSED, unknown) if unknown else self.experts.support(problem, path)
         try:
             parts = self._known(path)
             reason = next(_misfits(problem), None)
@@ -127,6 +136,27 @@ class LayerBackend:
         dispatched = exchange(self.dispatch.contract(carrying, parts.kernel_type))
         rows = None if dispatched.exact_rows else problem.world_size * problem.exchange.capacity
         return LayerContract(dispatched, experts, carrying.wire, rows)
+
+    def route_contract(self, problem: RowProblem, operator: str) -> RouteContract:
+        """The contract of a router of the experts' half.
+
+        Raises:
+            ContractError: it offers no such router.
+        """
+        reason = self._no_router(operator)
+        if reason:
+            raise ContractError(reason)
+        declared = self.experts.contract(problem, operator)
+        if not isinstance(declared, RouteContract):
+            raise ContractError(f"{self.experts.name} declares {type(declared).__name__} for {operator}, no router")
+        return declared
+
+    def _no_router(self, operator: str) -> str:
+        """Why a row operator is none of a layer; empty if it is."""
+        if operator not in self.routers:
+            offered = ", ".join(self.routers) or "none"
+            return f"{self.experts.name} has no router {operator!r} for a layer; it has {offered}"
+        return ""
 
     def expert_contract(self, problem: LayerProblem, operator: str) -> ExpertContract:
         """The contract of the experts' half.

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 
 from accelerated.contract import ReceiveLayout
 from accelerated.experts import ExpertOperation, LayerContract, LayerProblem
-from accelerated.interface import Operation, RankContext, Received
+from accelerated.interface import Operation, RankContext, Received, Session
 from accelerated.layer import split_path
+from accelerated.layer_load import LoadCounter
+from accelerated.operators import RowProblem
+from accelerated.routers import RouteOperation
 from reference.expert_weights import ExpertWeights
 from reference.placement import owned_experts
 
@@ -61,13 +64,31 @@ class LayerSession:
             self._dispatch.close()
             raise
 
-    def build(self, problem: LayerProblem, path: str) -> ComposedLayer:
-        """Construct both operators, the dispatch's first. Collective.
+    @property
+    def context(self) -> RankContext:
+        """Of the rank."""
+        return self._context
+
+    @property
+    def halves(self) -> tuple[Session, Session]:
+        """Sessions of dispatch and experts, for a layer that shares one: see :mod:`accelerated.layer_beside`."""
+        return self._dispatch, self._experts
+
+    @overload
+    def build(self, problem: LayerProblem, path: str) -> ComposedLayer: ...
+
+    @overload
+    def build(self, problem: RowProblem, path: str) -> RouteOperation: ...
+
+    def build(self, problem: LayerProblem | RowProblem, path: str) -> ComposedLayer | RouteOperation:
+        """Construct both operators, the dispatch's first. Collective. Of a router's problem: the experts' router.
 
         Raises:
             ContractError: no such path.
             LayerError: a half refuses; it is named.
         """
+        if isinstance(problem, RowProblem):
+            return self._router(problem, path)
         backend, parts = self._backend, split_path(path)
         declared = backend.contract(problem, path)
         carrying = backend.exchange_problem(problem, path)
@@ -81,6 +102,18 @@ class LayerSession:
             raise
         names = (backend.dispatch.name, backend.experts.name)
         return ComposedLayer(self._context, problem, declared, dispatch, experts, names)
+
+    def _router(self, problem: RowProblem, operator: str) -> RouteOperation:
+        """A router of the experts' half.
+
+        Raises:
+            ContractError: it offers no such router.
+            LayerError: it refuses.
+        """
+        self._backend.route_contract(problem, operator)
+        with half("experts", self._backend.experts.name):
+            router: RouteOperation = self._experts.build(problem, operator)
+        return router
 
     def close(self) -> None:
         """Finalise the experts' library, then the dispatch's, even if the first one fails.
@@ -121,6 +154,7 @@ class ComposedLayer:
         self._dispatch, self._experts = dispatch, experts
         self._names = names
         self._dtype: torch.dtype = getattr(torch, problem.exchange.dtype)
+        self._load = LoadCounter(problem.exchange.experts, context.device)
 
     def load(self, weights: ExpertWeights, owned: Sequence[int]) -> None:
         """See :meth:`accelerated.experts.ExpertOperation.load`.
@@ -139,6 +173,19 @@ class ComposedLayer:
                         f"from {expected[0]} on to rank {rank}: load these, under ids that are physical positions"
                     )
             self._experts.load(weights, owned)
+        self._load.place(owned)
+
+    def record_load(self) -> None:
+        """See :meth:`accelerated.experts.LayerOperation.record_load`."""
+        self._load.recording = True
+
+    def expert_load(self) -> torch.Tensor:
+        """See :meth:`accelerated.experts.LayerOperation.expert_load`.
+
+        Raises:
+            RuntimeError: nothing was counted.
+        """
+        return self._load.last()
 
     def forward(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Output ``[n, H]`` of ``rows [n, H]``, ``ids [n, k]`` int32 and ``weights [n, k]`` float32; no host sync.
@@ -157,6 +204,7 @@ class ComposedLayer:
         with half("dispatch", dispatch):
             received = self._prepare(codes, ids, weights, scales)
             self._check(received)
+            self._load.count(received)
         with half("experts", experts):
             answers = self._apply(received)
         with half("dispatch", dispatch):

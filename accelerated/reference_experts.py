@@ -115,6 +115,8 @@ def contract(problem: ExpertProblem, operator: str) -> ExpertContract:
         biased=form.biased,
         # Rows of one expert are multiplied together: how torch adds up may depend on how many they are.
         rows_alone=False,
+        # An expert has the same rows whatever else its rank holds.
+        bits_at_any_shards=True,
     )
 
 

@@ -14,6 +14,8 @@ from typing import Literal
 import msgspec
 
 from accelerated.experts import SEPARATOR, ExpertProblem, LayerProblem
+from accelerated.operators import Family, RowProblem
+from accelerated.routers import form_of
 from conformance.recipes import explicit_rows
 from conformance.row_cases import Mode, RowCase, RowCell, validate_rows
 from reference.problem import Problem, wire_format
@@ -25,9 +27,19 @@ Placement = Literal["linear", "round_robin"]
 #: Routing weights of a round: all one, from 1/16 to 1, of both signs, of both signs with zeros among them, or all zero
 #: but one of each token, so that one expert is judged by itself.
 Weighting = Literal["ones", "positive", "signed", "zeros", "single"]
-#: A second call of the experts, whose result must be that of the first: see :mod:`conformance.rank.relations`.
+#: What other calls of the experts must give: see :mod:`conformance.rank.relations` and :mod:`conformance.rank.parts`.
 Relation = Literal[
-    "", "repeat", "token order", "slot order", "expert order", "larger buffer", "scaled weights", "zero routes"
+    "",
+    "repeat",
+    "token order",
+    "slot order",
+    "expert order",
+    "larger buffer",
+    "scaled weights",
+    "zero routes",
+    "masked routes",
+    "slots apart",
+    "shards added",
 ]
 
 Rows = tuple[tuple[tuple[int, ...], ...], ...]
@@ -161,7 +173,10 @@ class LayerCell(Cell, frozen=True, order=True, tag="layer"):
     ``experts`` counts physical experts, of which ``redundant`` are replicas. Experts alone run in one process
     (``world_size`` 1), one after another for each of ``shards`` expert-parallel ranks; their tokens are rank 0's.
     Their buffers hold up to ``buffer`` rows where that is more than the capacity. With ``translated`` a round-robin
-    placement reaches the exchange as physical positions, without as global ids.
+    placement reaches the exchange as physical positions, without as global ids. With a ``router``, an operator of the
+    experts' half, a layer's ids and weights are what it makes of logits that favour the drawn experts. With
+    ``against``, another composed backend with the same experts, each case runs on that one's kernel type
+    ``against_type``, too, and the outputs are compared: see :mod:`conformance.layer_pairs`.
     """
 
     intermediate: int = 128
@@ -170,6 +185,16 @@ class LayerCell(Cell, frozen=True, order=True, tag="layer"):
     buffer: int = 0
     redundant: int = 0
     translated: bool = True
+    router: str = ""
+    against: str = ""
+    against_type: str = ""
+
+    @property
+    def other(self) -> LayerCell:
+        """The same cell on the backend and the kernel type of ``against``."""
+        _, separator, operator = self.kernel_type.partition(SEPARATOR)
+        path = f"{self.against_type}{separator}{operator}"
+        return msgspec.structs.replace(self, backend=self.against, kernel_type=path, against="", against_type="")
 
     @property
     def whole(self) -> bool:
@@ -200,6 +225,10 @@ class LayerCell(Cell, frozen=True, order=True, tag="layer"):
             shared=self.shared,
         )
 
+    def route_problem(self) -> RowProblem:
+        """Sizes of the router: a row has a logit for every logical expert."""
+        return RowProblem(Family.ROUTE, 1, self.logical, self.capacity, self.dtype)
+
     def problem(self) -> LayerProblem | ExpertProblem:  # type: ignore[override]
         """Sizes as the reference and the backends take them."""
         experts = self.expert_problem()
@@ -213,6 +242,8 @@ class LayerCell(Cell, frozen=True, order=True, tag="layer"):
         parts += [f"{self.shared}shared"] if self.shared else []
         parts += [f"{self.redundant}replicas"] if self.redundant else []
         parts += [] if self.translated else ["global-ids"]
+        parts += [self.router] if self.router else []
+        parts += [f"against-{self.against}-{self.against_type}"] if self.against else []
         return "-".join((super().label, f"i{self.intermediate}", *parts))
 
 
@@ -365,6 +396,15 @@ def validate_layer(case: LayerCase) -> None:
         raise CaseError(f"shards is {cell.shards}; give a number that divides the {cell.experts} experts")
     if not 0 <= cell.redundant < cell.experts:
         raise CaseError(f"redundant is {cell.redundant}; give 0 to {cell.experts - 1}")
+    if bool(cell.against) != bool(cell.against_type) or (
+        cell.against and (not cell.whole or cell.router or cell.redundant)
+    ):
+        raise CaseError(
+            f"against is {cell.against!r} and against_type {cell.against_type!r}; give both to a layer without "
+            f"replicas and without a router, or neither"
+        )
+    if cell.router:
+        _validate_router(case)
     for index, a_round in enumerate(case.rounds):
         room = cell.rows - sum(routing_counts(a_round.routing))
         if not 0 <= a_round.tail <= room:
@@ -379,3 +419,22 @@ def validate_layer(case: LayerCase) -> None:
             largest = max((e for rows in a_round.routing.rows for row in rows for e in row), default=-1)
             if largest >= cell.logical:
                 raise CaseError(f"round {index} routes to expert {largest}; there are {cell.logical} logical ones")
+
+
+def _validate_router(case: LayerCase) -> None:
+    """Check that the rounds are what a router may be asked to choose.
+
+    Raises:
+        CaseError: names the router, the round, the value and the limit.
+    """
+    cell = case.cell
+    if not cell.whole:
+        raise CaseError(f"router is {cell.router} and {cell.kernel_type} is no layer; leave it empty")
+    top_k = form_of(cell.router).numerics.top_k
+    if top_k != cell.top_k:
+        raise CaseError(f"{cell.router} chooses {top_k} experts and top_k is {cell.top_k}; make them the same")
+    for index, a_round in enumerate(case.rounds):
+        rows = a_round.routing.rows if isinstance(a_round.routing, Explicit) else ()
+        for row in (row for tokens in rows for row in tokens):
+            if min(row) < 0 or len(set(row)) < len(row):
+                raise CaseError(f"round {index} routes to {row}; a router chooses {top_k} experts, each once")

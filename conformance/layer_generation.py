@@ -31,10 +31,11 @@ from conformance.cases import (
     Values,
     Weighting,
     expand,
+    routing_counts,
 )
 from conformance.generation import MASKED, applies, rounds
 from conformance.recipes import ARCHETYPES, Row, Site
-from reference.expert_numerics import ExpertNumerics
+from reference.expert_numerics import ExpertNumerics, WeightStage
 from reference.placement import physical_to_global
 
 #: Valid rows of the long buffer, and how many times as long it is.
@@ -44,6 +45,8 @@ _VALUES: tuple[Values, ...] = ("normal", "normal", "integers", "wide")
 _WEIGHTINGS: tuple[Weighting, ...] = ("signed", "single", "zeros", "positive", "ones")
 #: Rows at which kernels are known to switch, declared or not.
 _SWITCHES = (15, 16, 17, 31, 32, 33, 64, 255, 256, 257)
+#: More rows than this are slow to judge once for each slot.
+_MANY = 64
 RELATIONS: tuple[Relation, ...] = get_args(Relation)[1:]
 #: Part of a layer's cases for that placement.
 ROUND_ROBIN = "round-robin"
@@ -78,18 +81,52 @@ def _without_repeats(rows: Rows, experts: int) -> Rows:
     return tuple(tuple(map(changed, tokens)) for tokens in rows)
 
 
+def relations_of(contract: ExpertContract, cell: LayerCell) -> tuple[Relation, ...]:
+    """Relations that say something about a cell: the mathematics promises it and the contract takes the calls."""
+    held: dict[Relation, bool] = {
+        "slot order": cell.top_k + cell.shared > 1,
+        "expert order": cell.experts > cell.shards,
+        "larger buffer": contract.takes_num_rows,
+        # Before a non-linear activation a factor is not one afterwards.
+        "scaled weights": contract.numerics(1).weight_stage is WeightStage.AFTER_W2,
+        "slots apart": contract.numerics(1).weight_stage is WeightStage.AFTER_W2 and cell.top_k + cell.shared > 1,
+        "masked routes": contract.drops_masked,
+        "shards added": cell.shards > 1,
+    }
+    return tuple(name for name in RELATIONS if held.get(name, True)) if cell.check != "sort" else ()
+
+
+def _suits(a_round: LayerRound, contract: ExpertContract, cell: LayerCell) -> bool:
+    """Whether a round's relation has what it needs."""
+    if not a_round.relation:
+        return True
+    if a_round.relation == "larger buffer":
+        spare = cell.rows - sum(routing_counts(a_round.routing)) - a_round.tail
+        if not (a_round.counted or a_round.tail) or spare < 1:
+            return False
+    if a_round.relation == "shards added":
+        # One rank that holds every expert may look ids up unmasked, and its rows are not quantised twice.
+        routing = a_round.routing
+        masked = isinstance(routing, Explicit) and any(-1 in row for rows in routing.rows for row in rows)
+        if masked or a_round.quantised:
+            return False
+    return a_round.relation in relations_of(contract, cell)
+
+
 def takes(contract: ExpertContract | LayerContract, case: LayerCase) -> bool:
     """Whether the contract says something about every round of a case with explicit rows."""
     experts = contract.experts if isinstance(contract, LayerContract) else contract
     for a_round in case.rounds:
         rows = a_round.routing.rows if isinstance(a_round.routing, Explicit) else ()
-        if not experts.takes_duplicates and rows != _without_repeats(rows, case.cell.logical):
+        if (case.cell.router or not experts.takes_duplicates) and rows != _without_repeats(rows, case.cell.logical):
             return False
-        if not drops_masked(contract) and any(-1 in row for tokens in rows for row in tokens):
+        if (case.cell.router or not drops_masked(contract)) and any(-1 in row for tokens in rows for row in tokens):
             return False
         if isinstance(contract, LayerContract):
             continue
         if (a_round.tail or a_round.counted) and not experts.takes_num_rows:
+            return False
+        if not _suits(a_round, experts, case.cell):
             return False
         if a_round.quantised and experts.wire is None:
             return False
@@ -145,11 +182,27 @@ def _rungs(cell: LayerCell, contract: ExpertContract, *, short: bool) -> Iterato
         yield _one(cell, _routing(cell, few, MASKED), counted=counted)
     if contract.wire is not None:
         yield _one(cell, _routing(cell, few, "uniform", seed=3), quantised=True, tail=3 if counted else 0)
-    for seed, relation in enumerate(RELATIONS if cell.check != "sort" else ()):
-        tail = 3 if counted and relation != "scaled weights" else 0
-        weighting = "zeros" if relation == "zero routes" else "signed"
-        routing = _routing(cell, few, "uniform", seed=seed)
-        yield _one(cell, routing, relation=relation, weighting=weighting, tail=min(tail, cell.rows - few))
+    for seed, relation in enumerate(relations_of(contract, cell)):
+        # A buffer without a tail may take another path.
+        spare = cell.rows - few - (relation == "larger buffer")
+        tail = min(3, spare) if counted and relation != "scaled weights" else 0
+        # Experts that do not say how they round do so from some number of rows on.
+        above = [boundary + 1 for boundary in contract.boundaries if boundary < min(_MANY, cell.capacity)]
+        rows = max([few, *above]) if relation == "slots apart" else few
+        routing = _routing(cell, rows, "uniform", seed=seed)
+        yield _one(
+            cell,
+            routing,
+            relation=relation,
+            weighting=_weighting_for(relation) or "signed",
+            tail=min(tail, cell.rows - rows),
+            counted=counted,
+        )
+
+
+def _weighting_for(relation: Relation) -> Weighting | None:
+    """Weights without which a relation says nothing."""
+    return "zeros" if relation in ("zero routes", "masked routes") else None
 
 
 def _row_ladder(cell: LayerCell, contract: ExpertContract) -> list[int]:
@@ -199,10 +252,14 @@ def layer_ladder(cell: LayerCell, contract: LayerContract) -> Iterator[LayerCase
     tables: tuple[tuple[int, ...], ...] = ((), (), ())
     if cell.mode == "drained" and not cell.redundant:
         counts, tables = counts[:1], tables[:1]
+    if cell.router and len(counts) > 1:
+        # Ids that a router has just made are translated, too. To load weights the host waits, so the first two do not.
+        tables = ((), (), physical_to_global(cell.experts, cell.world_size))
     if cell.redundant:
         replicas = [cell.logical - 1 - i % cell.logical for i in range(cell.redundant)]
         # Everybody moves; then replicas of one expert lie beside each other.
         moved = (*reversed(range(cell.logical)), *replicas)
+        counts = (counts[0], counts[2], counts[1])
         tables = ((), moved, (*([0] * cell.redundant), *range(cell.logical)))
     rounds_ = []
     for number, (count, physical) in enumerate(zip(counts, tables, strict=True)):
@@ -210,9 +267,12 @@ def layer_ladder(cell: LayerCell, contract: LayerContract) -> Iterator[LayerCase
             tuple(tuple((rank + 3 * t + number + j) % cell.logical for j in range(cell.top_k)) for t in range(count))
             for rank in range(cell.world_size)
         )
-        repeats = takes_duplicates(contract)
+        repeats = takes_duplicates(contract) and not cell.router
         routing = Explicit(rows if repeats else _without_repeats(rows, cell.logical))
-        rounds_.append(LayerRound(routing, values="normal", seed=number, weighting="signed", physical=physical))
+        # With one term in a token what another replica makes of it has the same bits.
+        one_term = bool(cell.against) or (cell.redundant > 0 and number == len(counts) - 1)
+        weighting: Weighting = "single" if one_term else "signed"
+        rounds_.append(LayerRound(routing, values="normal", seed=number, weighting=weighting, physical=physical))
     yield LayerCase(cell, tuple(rounds_))
 
 
@@ -226,7 +286,10 @@ def expert_rounds(draw: st.DrawFn, cell: LayerCell, contract: ExpertContract) ->
     repeats = contract.takes_duplicates
     names = _ARCHETYPES + ((MASKED,) if contract.drops_masked else ()) + (("duplicates",) if repeats else ())
     counted = contract.takes_num_rows and draw(st.booleans())
-    return LayerRound(
+    relation: Relation = draw(st.sampled_from(("", "", *relations_of(contract, cell))))
+    counted |= relation == "larger buffer"
+    weighting: Weighting = draw(st.sampled_from(_WEIGHTINGS))
+    drawn = LayerRound(
         routing=_routing(
             cell,
             count,
@@ -237,12 +300,13 @@ def expert_rounds(draw: st.DrawFn, cell: LayerCell, contract: ExpertContract) ->
         ),
         values=draw(st.sampled_from(_VALUES)),
         seed=draw(st.integers(0, _MAX_SEED)),
-        weighting=draw(st.sampled_from(_WEIGHTINGS)),
+        weighting=_weighting_for(relation) or weighting,
         tail=draw(st.sampled_from([t for t in (0, 1, 5, 40) if t + count <= cell.rows])) if counted else 0,
         counted=counted,
         quantised=contract.wire is not None and draw(st.booleans()),
-        relation=draw(st.sampled_from(("", "", *RELATIONS))) if cell.check != "sort" else "",
+        relation=relation,
     )
+    return drawn if _suits(drawn, contract, cell) else msgspec.structs.replace(drawn, relation="")
 
 
 @st.composite
@@ -291,8 +355,10 @@ def layer_cases(
     if isinstance(contract, ExpertContract):
         return LayerCase(cell, (draw(expert_rounds(cell, contract)),))
     exchange = _exchange(contract)
-    repeats = takes_duplicates(contract)
-    names = [a for a in ARCHETYPES if applies(a, cell, exchange) and (repeats or a != "duplicates")]
+    # A router chooses every expert once and masks none.
+    repeats = takes_duplicates(contract) and not cell.router
+    unfit = (() if repeats else ("duplicates",)) + ((MASKED,) if cell.router else ())
+    names = [a for a in ARCHETYPES if applies(a, cell, exchange) and a not in unfit]
     names = [only] if only not in ("", ROUND_ROBIN) else names
     if cell.redundant:
         # Ranks of logical experts change with every placement.
@@ -303,7 +369,8 @@ def layer_cases(
     for _ in range(length):
         physical = draw(placed(cell, only)) if cell.translated else ()
         # A part of its own has a weighting of its own: with few cases every choice is the first one.
-        weighting: Weighting | None = "single" if only == ROUND_ROBIN else None
+        alone = only == ROUND_ROBIN or (cell.against and cell.top_k > 1)
+        weighting: Weighting | None = "single" if alone else None
         built.append(draw(layer_rounds(cell, names, physical, weighting, delays=free, repeats=repeats)))
     return LayerCase(cell, tuple(built))
 
@@ -334,6 +401,6 @@ def strata_of(cell: LayerCell, contract: ExpertContract | LayerContract, example
     """Parts of a cell's budget: (archetype or "" for the mixture, cases)."""
     if not isinstance(contract, LayerContract) or examples < 3:
         return [("", examples)]
-    own = [(MASKED, 1)] if drops_masked(contract) else []
+    own = [(MASKED, 1)] if drops_masked(contract) and not cell.router else []
     own += [(ROUND_ROBIN, 1)] if cell.world_size > 1 and cell.translated and not cell.redundant else []
     return [("", examples - len(own)), *own]

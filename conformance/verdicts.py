@@ -40,9 +40,7 @@ class ExitCode(enum.IntEnum):
     USAGE = 4
 
 
-def exit_code(
-    verdicts: Iterable[Verdict], *, lost_worker: bool = False, stale_waivers: bool = False
-) -> ExitCode:
+def exit_code(verdicts: Iterable[Verdict], *, lost_worker: bool = False, stale_waivers: bool = False) -> ExitCode:
     """Exit code of a run from the verdicts of its cells.
 
     A product failure outranks everything; infrastructure outranks incompleteness; nothing at all is incomplete. So is a

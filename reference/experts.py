@@ -209,7 +209,7 @@ def accepted(
     if numerics.inner_parts > 1:
         total = add_parts(by_row, _by_row(size, pairs), count, format_of(dtype), numerics)
     else:
-        total = _sum_slots(by_row, count, numerics, dtype)
+        total = sum_slots(by_row, count, numerics, dtype)
 
     def placed(end: torch.Tensor) -> torch.Tensor:
         return torch.zeros(rows.shape, dtype=torch.float64, device=end.device).index_copy_(0, pairs.used, end)
@@ -360,8 +360,8 @@ def _stored(value: Interval, to: Format | None, numerics: ExpertNumerics) -> Int
     return value if to is None else stored(value, to, numerics.store_ulps)
 
 
-def _sum_slots(terms: Interval, count: torch.Tensor, numerics: ExpertNumerics, dtype: torch.dtype) -> Interval:
-    """Terms ``[S, U, H]`` added in any order; ``count [U, 1]`` of a row are not zero."""
+def sum_slots(terms: Interval, count: torch.Tensor, numerics: ExpertNumerics, dtype: torch.dtype) -> Interval:
+    """Every legal sum of a row's weighted slots ``terms [S, U, H]``; ``count [U, 1]`` of a row are not zero."""
     element, kind = format_of(dtype), numerics.slot_sum
     if kind is not SlotSum.FLOAT32:
         terms = _stored(terms, element, numerics)

@@ -90,6 +90,8 @@ def contract(problem: ExpertProblem, name: str, arch: str) -> ExpertContract:
         takes_empty=True,
         deterministic=steady,
         rows_alone=steady,
+        # One weight that is not zero: its expert adds ``inner_parts`` terms, and two have one order.
+        one_term_bits=all(kind.inner_parts <= 2 and kind.gemm1_parts <= 2 for kind in kinds),
     )
 
 

@@ -22,6 +22,8 @@ def size(case: LayerCase) -> tuple[Any, ...]:
     """What a reduction lowers beside what every exchange has."""
     cell, rounds = case.cell, case.rounds
     return (
+        bool(cell.router),
+        bool(cell.against),
         cell.shards,
         cell.redundant,
         cell.shared,
@@ -50,6 +52,10 @@ def settings(case: LayerCase) -> Iterator[LayerCase]:
     yield _each(case, relation="", quantised=False, tail=0, counted=False, weighting="ones", values="integers", seed=0)
     for change in choices:
         yield _each(case, **change)
+    if case.cell.router:
+        yield _cell(case, router="")
+    if case.cell.against:
+        yield _cell(case, against="", against_type="")
     if case.cell.shards > 1:
         yield _cell(case, shards=1)
         yield _cell(case, shards=2)

@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerated.experts import ExpertProblem, LayerProblem
 from accelerated.interface import Backend, RankContext, Session
+from accelerated.operators import RowProblem
 from accelerated.registry import backend
 from conformance.faults.layer_catalogue import LAYER_FAULTS
 
@@ -35,18 +36,33 @@ class FaultySession:
 
     def __init__(self, genuine: Session, context: RankContext, fault: str) -> None:
         self._genuine, self._context, self._fault = genuine, context, fault
+        self._layer: Any = None
 
     def build(self, problem: Any, kernel_type: str) -> Any:
         """Build the genuine operation, and wrap it."""
         built = self._genuine.build(problem, kernel_type)
-        defect: Any = importlib.import_module("conformance.faults.layers").DEFECTS[self._fault]
+        if isinstance(problem, RowProblem):
+            # A router of the layer that was built last.
+            return self._layer.router(built) if hasattr(self._layer, "router") else built
+        defect: Any = _defect(self._fault)
         if isinstance(problem, LayerProblem):
-            return defect(built, problem, self._context.rank)
+            self._layer = defect(built, problem, self._context.rank)
+            return self._layer
         return defect(built, problem) if isinstance(problem, ExpertProblem) else built
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._genuine, name)
 
     def close(self) -> None:
         """Close the genuine session."""
         self._genuine.close()
+
+
+def _defect(fault: str) -> Any:
+    routed: dict[str, Any] = importlib.import_module("conformance.faults.routed_layers").ROUTED_DEFECTS
+    every: dict[str, Any] = importlib.import_module("conformance.faults.layers").DEFECTS
+    company: dict[str, Any] = importlib.import_module("conformance.faults.company").COMPANY_DEFECTS
+    return (every | routed | company)[fault]
 
 
 def faulty_layer(fault: str, arch: str) -> FaultyBackend:

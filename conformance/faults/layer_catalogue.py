@@ -31,6 +31,7 @@ class LayerFault:
         subject: the property that catches it.
         base: the backend that has it.
         arch: architecture on which it is one.
+        routed: cells with a router catch it, and no others.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerFault:
     subject: str = "experts"
     base: str = _STANDIN
     arch: str = "gfx942"
+    routed: bool = False
 
     @property
     def backend(self) -> str:
@@ -63,6 +65,8 @@ def _on_two(*tokens: tuple[int, ...], rounds: int = 1) -> tuple[Rows, ...]:
 
 _BF16 = "fused_moe.bf16"
 _LAYER = "IntraNode/fused_moe.bf16"
+#: What a router of eight experts is asked for at the least.
+_EIGHT = tuple(range(8))
 
 _FAULTS = (
     LayerFault(
@@ -174,6 +178,16 @@ _FAULTS = (
         base="reference",
     ),
     LayerFault(
+        "alone_without_the_last",
+        "a rank that holds every expert leaves the last one out",
+        "",
+        _BF16,
+        _alone((1,)),
+        {"experts": 2, "shards": 2},
+        settings={"relation": "shards added"},
+        check="experts.shards",
+    ),
+    LayerFault(
         "padding_names_row_zero",
         "entries that fill up a block name row 0, slot 0",
         "ATOM's padding tiles, aiter#2478",
@@ -271,6 +285,78 @@ _FAULTS = (
         check="layer.output",
         subject="eplb",
         base=_WHOLE,
+    ),
+    LayerFault(
+        "replica_bit_flipped",
+        "the first gate row of the last expert of rank 0 has its last bits flipped",
+        "",
+        "IntraNode/fused_moe.fp8_token",
+        _on_two((1,)),
+        {"top_k": 1},
+        check="eplb.replicas",
+        subject="eplb",
+        base=_WHOLE,
+    ),
+    LayerFault(
+        "row_bit_flipped",
+        "rows arrive with the last bit of their first element flipped",
+        "",
+        "IntraNode/fused_moe.fp8_token",
+        _on_two((0,)),
+        # With half of it two ranks have 16 rows, and a path that says how it rounds: the acceptance sees the bit.
+        {"capacity": 16},
+        check="layer.equal",
+        subject="layer",
+        base=_WHOLE,
+    ),
+    LayerFault(
+        "load_of_own_tokens",
+        "a rank counts the load of its own tokens only",
+        "",
+        _LAYER,
+        _on_two((3,)),
+        {"top_k": 1},
+        check="eplb.load",
+        subject="eplb",
+        base=_WHOLE,
+    ),
+    LayerFault(
+        "weights_read_early",
+        "the layer does not wait for the router's stream and reads the weights of the round before",
+        "",
+        _LAYER,
+        _alone(_EIGHT) * 2,
+        {"experts": 8, "mode": "drained"},
+        {"weighting": "positive"},
+        check="route.weights",
+        subject="layer",
+        base=_WHOLE,
+        routed=True,
+    ),
+    LayerFault(
+        "weights_of_padded_rows",
+        "the router's weights are rows of a wider buffer, which the layer reads one after another",
+        "",
+        _LAYER,
+        _alone(_EIGHT, _EIGHT),
+        {"experts": 8},
+        check="layer.output",
+        subject="layer",
+        base=_WHOLE,
+        routed=True,
+    ),
+    LayerFault(
+        "ids_untranslated",
+        "the router's logical ids are dispatched as physical ones",
+        "vllm#30559",
+        "one-level/fused_moe.fp8_token_stage1",
+        # Dealt out in turn to two ranks, expert 0 stays in its place and 1 does not.
+        _on_two((1,)),
+        {"experts": 32, "top_k": 1},
+        check="layer.output",
+        subject="layer",
+        base="reference+aiter-standin",
+        routed=True,
     ),
 )
 

@@ -1,7 +1,8 @@
-"""Experts and layers with one defect each, around the genuine operations of a stand-in.
+"""Experts and sorts with one defect each, around the genuine operations of a stand-in.
 
-Scope: what goes into an operation, what comes out, and what it is loaded with; see
-:mod:`conformance.faults.layer_catalogue`. They prove nothing about defects inside a kernel.
+Scope: what goes into an operation, what comes out, and what it is loaded with; whole layers are in
+:mod:`conformance.faults.whole_layers`; see :mod:`conformance.faults.layer_catalogue`. They prove nothing about defects
+inside a kernel.
 """
 
 from __future__ import annotations
@@ -13,8 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelerated.experts import ExpertProblem, LayerProblem
+from accelerated.experts import ExpertProblem
 from accelerated.sorting import SortResult
+from conformance.faults.whole_layers import (
+    LastSlotLost,
+    Layer,
+    LoadOfOwnTokens,
+    LocalExpertsOnly,
+    ReplicaBitFlipped,
+    RowBitFlipped,
+    StaleReplica,
+    TokensSwapped,
+)
 from reference.expert_weights import ExpertWeights
 from reference.sorting import TOKEN_BITS
 
@@ -310,63 +321,6 @@ class BufferNotCleared(Sort):
         return found
 
 
-class Layer:
-    """A layer without a defect; the others change one step of it."""
-
-    def __init__(self, genuine: Any, problem: LayerProblem, rank: int) -> None:
-        self.genuine, self.problem, self.rank = genuine, problem, rank
-
-    def load(self, weights: ExpertWeights, owned: Sequence[int]) -> None:
-        self.genuine.load(weights, owned)
-
-    def forward(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        output: Tensor = self.genuine.forward(rows, ids, weights)
-        return output
-
-    def close(self) -> None:
-        self.genuine.close()
-
-
-class LocalExpertsOnly(Layer):
-    """``local_experts_only``."""
-
-    def forward(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        owner = torch.div(ids, self.problem.exchange.experts_per_rank, rounding_mode="floor")
-        return super().forward(rows, ids, torch.where(owner == self.rank, weights, 0.0))
-
-
-class LastSlotLost(Layer):
-    """``last_slot_lost``."""
-
-    def forward(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        kept = weights.clone()
-        kept[:, 1:][:, -1:] = 0
-        return super().forward(rows, ids, kept)
-
-
-class TokensSwapped(Layer):
-    """``tokens_swapped``."""
-
-    def forward(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        output = super().forward(rows, ids, weights).clone()
-        return torch.cat([output[:2].flip(0), output[2:]])
-
-
-class StaleReplica(Layer):
-    """``stale_replica``."""
-
-    _held: ExpertWeights | None = None
-
-    def load(self, weights: ExpertWeights, owned: Sequence[int]) -> None:
-        last, held = weights.experts - 1, self._held
-        self._held = weights
-        if held is not None:
-            first, second = weights.w1.clone(), weights.w2.clone()
-            first[last], second[last] = held.w1[last], held.w2[last]
-            weights = replace(weights, w1=first, w2=second)
-        super().load(weights, owned)
-
-
 #: Classes by name of the fault.
 DEFECTS: dict[str, type[Experts] | type[Sort] | type[Layer]] = {
     "mask_as_map": MaskAsMap,
@@ -395,4 +349,7 @@ DEFECTS: dict[str, type[Experts] | type[Sort] | type[Layer]] = {
     "last_slot_lost": LastSlotLost,
     "tokens_swapped": TokensSwapped,
     "stale_replica": StaleReplica,
+    "replica_bit_flipped": ReplicaBitFlipped,
+    "row_bit_flipped": RowBitFlipped,
+    "load_of_own_tokens": LoadOfOwnTokens,
 }

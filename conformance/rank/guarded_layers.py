@@ -58,6 +58,7 @@ class GuardedLayer:
 
     def __init__(self, operation: LayerOperation) -> None:
         self._operation = operation
+        self._device = torch.device("cpu")
 
     def load(self, weights: ExpertWeights, owned: Sequence[int]) -> None:
         with backend_code():
@@ -67,7 +68,18 @@ class GuardedLayer:
         with backend_code():
             output = self._operation.forward(rows, ids, weights)
             expect_tensor("output", output, rows.device)
+            self._device = rows.device
             return output
+
+    def record_load(self) -> None:
+        with backend_code():
+            self._operation.record_load()
+
+    def expert_load(self) -> torch.Tensor:
+        with backend_code():
+            load = self._operation.expert_load()
+            expect_tensor("load", load, self._device)
+            return load
 
     def close(self) -> None:
         with backend_code():

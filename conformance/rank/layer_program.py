@@ -2,15 +2,16 @@
 
 Inputs and expected results of every round are made first; *free-running* then runs every round without host sync and
 without a collective of ours. Only the layer's output is judged: every element of every token, against the acceptance
-that the specification derives from both halves' contracts. Cells of placement, and the specification's own, are judged
-by the dense oracle, which knows of logical experts only. What a pass does not prove: that a row took the way it should
-have, if every way gives the same output.
+that the specification derives from both halves' contracts. Rounds whose experts lie otherwise than in ascending order,
+and the specification's own, are judged by the dense oracle, which knows of logical experts only; layers with a router
+are :mod:`conformance.rank.routed_layer`. What a pass does not prove: that a row took the way it should have, if every
+way gives the same output.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
@@ -36,14 +37,6 @@ from reference.intervals import Interval
 from reference.layer import layer
 
 
-@dataclass
-class _Seen:
-    """One forward pass: what came back, and a copy made before the next one."""
-
-    output: torch.Tensor
-    kept: torch.Tensor
-
-
 class LayerProgram:
     """One cell's operator, contract and weights, ready to run cases."""
 
@@ -62,30 +55,26 @@ class LayerProgram:
         context, rank = self._context, self._context.rank
         phase("inputs", 0)
         routings = [expand(case.cell, r.routing, rank) for r in case.rounds]
-        placed = self._placements(case)
+        placed = tables_of(case)
         inputs = [layer_inputs(case, i, rank, r, context.device) for i, r in enumerate(routings)]
         handed = [self._wired(one, p) for one, p in zip(inputs, placed, strict=True)]
         pristine = [one.clone() for one in handed]
         phase("expected", 0)
-        expected = [
-            self._expect(one, wired, routing[rank], p)
-            for one, wired, routing, p in zip(inputs, handed, routings, placed, strict=True)
-        ]
+        expected = self._before(case, inputs, handed, routings, placed)
         seen = [self._round(case, i, one, placed[i], phase) for i, one in enumerate(handed)]
         synchronise(context.device)
         phase("judge", 0)
         return self._judge(seen, handed, pristine, expected, routings)
 
-    # ------------------------------------------------------------------ placement
-    def _placements(self, case: LayerCase) -> list[tuple[int, ...]]:
-        """Logical expert of every physical one, for each round."""
-        cell = case.cell
-        current, found = eplb.initial_map(cell.logical, cell.redundant), []
-        for a_round in case.rounds:
-            current = a_round.physical or current
-            found.append(current)
-        return found
+    def again(self, case: LayerCase, index: int, placed: tuple[int, ...], phase: SetPhase) -> torch.Tensor:
+        """Output of round ``index`` once more, with the experts placed otherwise. Collective."""
+        routing = expand(case.cell, case.rounds[index].routing, self._context.rank)
+        inputs = layer_inputs(case, index, self._context.rank, routing, self._context.device)
+        output = self._round(case, index, self._wired(inputs, placed), placed, phase)
+        synchronise(self._context.device)
+        return output
 
+    # ------------------------------------------------------------------ placement
     def _owned(self) -> tuple[int, ...]:
         """Ids of this rank's experts, as the exchange knows them."""
         cell = self._cell
@@ -125,6 +114,18 @@ class LayerProgram:
         )
 
     # ------------------------------------------------------------------ expected results
+    def _before(
+        self,
+        case: LayerCase,
+        inputs: list[Inputs],
+        handed: list[Inputs],
+        routings: list[Rows],
+        placed: Sequence[tuple[int, ...]],
+    ) -> list[Interval]:
+        """What has to be there before the first round: every round's acceptance."""
+        given = zip(inputs, handed, routings, placed, strict=True)
+        return [self._expect(one, wired, routing[self._context.rank], p) for one, wired, routing, p in given]
+
     def _expect(
         self, inputs: Inputs, wired: Inputs, rows: tuple[tuple[int, ...], ...], placed: tuple[int, ...]
     ) -> Interval:
@@ -187,7 +188,10 @@ class LayerProgram:
         return self._decoded[expert]
 
     # ------------------------------------------------------------------ the backend
-    def _round(self, case: LayerCase, index: int, inputs: Inputs, placed: tuple[int, ...], phase: SetPhase) -> _Seen:
+    def _round(
+        self, case: LayerCase, index: int, inputs: Inputs, placed: tuple[int, ...], phase: SetPhase
+    ) -> torch.Tensor:
+        """A copy of the output, made before the next round."""
         rank = self._context.rank
         if placed != self._loaded:
             # Weights move between rounds, in the same order on every rank.
@@ -200,29 +204,42 @@ class LayerProgram:
         if delays and delays[rank]:
             time.sleep(delays[rank] / 1000)
         phase("forward", index)
-        output = self._operation.forward(inputs.rows, inputs.ids, inputs.weights)
+        output = self._forward(index, inputs)
         if case.cell.mode == "drained":
             synchronise(self._context.device)
-        return _Seen(output, output.clone())
+        return output.clone()
+
+    def _forward(self, index: int, inputs: Inputs) -> torch.Tensor:
+        """The layer's output in round ``index``."""
+        return self._operation.forward(inputs.rows, inputs.ids, inputs.weights)
 
     # ------------------------------------------------------------------ judging
     def _judge(
         self,
-        seen: list[_Seen],
+        seen: list[torch.Tensor],
         handed: list[Inputs],
         pristine: list[Inputs],
         expected: list[Interval],
         routings: list[Rows],
     ) -> tuple[Mismatch | None, float]:
         worst, rank = 0.0, self._context.rank
-        for index, one in enumerate(seen):
+        for index, output in enumerate(seen):
             shape = (pristine[index].rows.shape[0], self._cell.hidden)
-            mismatch = judge_layout("layer.layout", index, one.kept, shape, self._dtype)
+            mismatch = judge_layout("layer.layout", index, output, shape, self._dtype)
             if mismatch is None:
                 names = torch.tensor(routings[index][rank], dtype=torch.int64).reshape(shape[0], self._cell.top_k)
-                mismatch, ratio = judge_output("layer.output", index, one.kept, expected[index], names, rank=rank)
+                mismatch, ratio = judge_output("layer.output", index, output, expected[index], names, rank=rank)
                 worst = max(worst, ratio)
             mismatch = mismatch or judge_inputs(index, handed[index], pristine[index])
             if mismatch is not None:
                 return mismatch, worst
         return None, worst
+
+
+def tables_of(case: LayerCase) -> list[tuple[int, ...]]:
+    """Logical expert of every physical one, for each round."""
+    current, found = eplb.initial_map(case.cell.logical, case.cell.redundant), []
+    for a_round in case.rounds:
+        current = a_round.physical or current
+        found.append(current)
+    return found

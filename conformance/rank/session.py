@@ -24,19 +24,24 @@ from accelerated.routers import RouteContract
 from accelerated.sorting import SortContract
 from conformance.cases import AnyCase, AnyCell, Case, LayerCase, LayerCell
 from conformance.engine.protocol import Mismatch
+from conformance.rank.cross_layer import Neighbours
 from conformance.rank.expert_program import ExpertProgram
 from conformance.rank.experts import LocalExperts
 from conformance.rank.guard import backend_code, expect_tensor
 from conformance.rank.guarded_exchange import GuardedExchange
 from conformance.rank.guarded_layers import GuardedExperts, GuardedLayer, Together
 from conformance.rank.guarded_routers import GuardedRouter
-from conformance.rank.layer_program import LayerProgram
 from conformance.rank.main import RankSetup
 from conformance.rank.programs import Program
 from conformance.rank.rendezvous import store_of
 from conformance.rank.row_programs import RowProgram
 from conformance.rank.sort_program import SortProgram
+from conformance.rank.whole_experts import whole_experts
+from conformance.rank.whole_layer import WholeLayerProgram, whole_layer
 from conformance.row_cases import RowCase, RowCell
+
+#: Programs of experts and layers.
+AnyLayerProgram = WholeLayerProgram | ExpertProgram | SortProgram
 
 
 class HarnessError(Exception):
@@ -131,7 +136,8 @@ class RankSession:
         self._backend = backend(setup.backend, arch=setup.arch)
         self._session = self._backend.open(self._context)
         self._operation: Any = None
-        self._program: Program | RowProgram | LayerProgram | ExpertProgram | SortProgram | None = None
+        self._neighbours = Neighbours(self._backend, self._session, setup.arch)
+        self._program: Program | RowProgram | AnyLayerProgram | None = None
 
     def build(self, cell: AnyCell) -> None:
         """Replace the operator. Collective, in the same order on every rank."""
@@ -171,15 +177,16 @@ class RankSession:
         self._operation = Together(sorts)
         return SortProgram(self._context, sorts, contract, cell)
 
-    def _layer_program(
-        self, cell: LayerCell, built: Any, contract: object
-    ) -> LayerProgram | ExpertProgram | SortProgram:
+    def _layer_program(self, cell: LayerCell, built: Any, contract: object) -> AnyLayerProgram:
         """The program of a layer, or of its experts alone: one operator for each shard then."""
         judged_by = self._backend.judged_by
         if isinstance(contract, LayerContract):
             layer = GuardedLayer(built)
             self._operation = layer
-            return LayerProgram(self._context, layer, contract, judged_by, cell)
+            self._operation, program = whole_layer(
+                self._context, self._neighbours, self._backend, self._session, layer, cell
+            )
+            return program
         if isinstance(contract, SortContract):
             return self._sort_program(cell, built, contract)
         if not isinstance(contract, ExpertContract):
@@ -189,7 +196,8 @@ class RankSession:
             with backend_code():
                 shards.append(GuardedExperts(self._session.build(cell.problem(), cell.kernel_type)))
         self._operation = Together(shards)
-        return ExpertProgram(self._context, list(shards), contract, judged_by, cell)
+        whole = whole_experts(self._backend, self._session, cell, shards)
+        return ExpertProgram(self._context, list(shards), contract, judged_by, cell, whole)
 
     def run(self, case: AnyCase) -> tuple[Mismatch | None, float]:
         """Run a case on the current operator.
@@ -199,7 +207,7 @@ class RankSession:
         """
         if isinstance(self._program, RowProgram) and isinstance(case, RowCase):
             return self._program.run(case, self._phase)
-        if isinstance(self._program, LayerProgram | ExpertProgram | SortProgram) and isinstance(case, LayerCase):
+        if isinstance(self._program, AnyLayerProgram) and isinstance(case, LayerCase):
             return self._program.run(case, self._phase)
         if isinstance(self._program, Program) and isinstance(case, Case):
             return self._program.run(case, self._phase)
@@ -219,6 +227,7 @@ class RankSession:
         """Operators, then the library, then the process group."""
         self._drop_operation()
         self._phase("close", 0)
+        self._neighbours.close()
         self._session.close()
         dist.destroy_process_group()
 

@@ -129,7 +129,7 @@ class Analysis:
         def allowed(candidate: AnyCase) -> bool:
             if costly >= driver.limits.hang_budget or self._forbidden(candidate, failure.outcome):
                 return False
-            return driver.holds(candidate.cell) and kinds.legal(made, candidate)
+            return driver.holds(candidate.cell) and kinds.legal(made, candidate, failure.arch)
 
         reduction = kinds.reduced(failure.minimal, fails, allowed, budget_s)
         reduction.exhausted = reduction.exhausted or costly >= driver.limits.hang_budget

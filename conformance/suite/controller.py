@@ -18,7 +18,7 @@ import msgspec
 import pytest
 
 from accelerated.contract import Standing
-from accelerated.interface import Finding
+from accelerated.interface import Backend, Finding
 from accelerated.layer import halves_of
 from accelerated.mori_ep.backend import torch_builds
 from accelerated.mori_ep.launch import session_heap_bytes
@@ -28,6 +28,7 @@ from accelerated.registry import BackendError, backend
 from conformance import __version__
 from conformance.cases import AnyCase, AnyCell, CaseError, LayerCell, decode
 from conformance.engine.lease import core_slots
+from conformance.layer_pairs import misfit
 from conformance.row_cases import RowCase, RowCell
 from conformance.suite import kinds, launched, preflight
 from conformance.suite.cells import Plan, PlannedCell, Unsupported
@@ -349,8 +350,23 @@ def _refusal(case: AnyCase, options: Options, gpus: int | None) -> str:
     if support.standing is Standing.REFUSED or cell.kernel_type not in offered:
         reason = support.reason or f"choose one of {', '.join(made.kernel_types)}"
         return f"backend {cell.backend!r} does not take kernel type {cell.kernel_type!r} with this problem: {reason}"
-    if options.launched is not None:
-        return launched.misfit(cell.world_size, cell.nodes, options.launched)
-    if gpus is not None and cell.world_size > gpus:
+    if options.launched is not None and (reason := launched.misfit(cell.world_size, cell.nodes, options.launched)):
+        return reason
+    if options.launched is None and gpus is not None and cell.world_size > gpus:
         return f"the case needs {cell.world_size} GPUs and {gpus} are visible"
-    return ""
+    if not isinstance(cell, LayerCell):
+        return ""
+    if cell.router:
+        support = made.support(cell.route_problem(), cell.router)
+        if support.standing is Standing.REFUSED:
+            return f"backend {cell.backend!r} does not take router {cell.router!r}: {support.reason}"
+    return _apart(cell, made, options) if cell.against else ""
+
+
+def _apart(cell: LayerCell, made: Backend, options: Options) -> str:
+    """Why a layer cannot be compared with what its case names; empty if it can."""
+    try:
+        reason = misfit(cell, made, backend(cell.against, options.arch))
+    except BackendError as error:
+        reason = str(error)
+    return f"outputs of {cell.against}, {cell.against_type}: {reason}" if reason else ""

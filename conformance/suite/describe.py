@@ -27,6 +27,10 @@ def _layer(case: LayerCase) -> list[str]:
         lines[0] += f", {cell.shards} shards one after another, {cell.shared} shared experts"
     if cell.redundant:
         lines[0] += f", {cell.redundant} replicas of {cell.logical} logical experts"
+    if cell.against:
+        lines[0] += f", compared with {cell.against}, {cell.other.kernel_type}"
+    if cell.router:
+        lines[0] += f", ids and weights from {cell.router}, whose logits favour the experts named here"
     for index, a_round in enumerate(case.rounds):
         details = [f"weights {a_round.weighting}"]
         details += [f"{a_round.tail} poisoned rows beyond the valid ones"] if a_round.tail else []

@@ -14,6 +14,7 @@ from accelerated.contract import Contract, MaskedSlots, Standing, exchange
 from accelerated.experts import ExpertContract, LayerContract
 from accelerated.interface import Backend
 from accelerated.operators import NormContract, QuantContract
+from accelerated.registry import backend
 from accelerated.routers import RouteContract
 from accelerated.sorting import SortContract
 from conformance import layer_generation
@@ -30,6 +31,7 @@ from conformance.cases import (
 )
 from conformance.engine.reducer import Reducer, Reduction, RowReducer
 from conformance.generation import MASKED, cases, strata
+from conformance.layer_pairs import misfit
 from conformance.row_cases import RowCase, RowCell
 from conformance.row_generation import RowContract, ladder, row_cases, takes
 from conformance.suite import coverage, layer_coverage, row_coverage
@@ -86,6 +88,7 @@ def required(planned: PlannedCell, contract: object, parts: list[Part]) -> froze
             duplicates=layer_generation.takes_duplicates(layer),
             round_robin=layer_generation.ROUND_ROBIN in names,
             counted=isinstance(layer, ExpertContract) and layer.takes_num_rows,
+            relations=layer_generation.relations_of(layer, cell) if isinstance(layer, ExpertContract) else (),
         )
     return coverage.required(cell.world_size, masked=len(parts) > 1, coded=bool(cell.codec))
 
@@ -99,7 +102,7 @@ def reduced(
     return Reducer(fails, allowed, budget_s).reduce(case)
 
 
-def legal(made: Backend, case: AnyCase) -> bool:
+def legal(made: Backend, case: AnyCase, arch: str) -> bool:
     """Whether a reduced case is one the generator could have drawn: supported, and only what the contract takes."""
     try:
         problem = case.cell.problem()
@@ -113,6 +116,11 @@ def legal(made: Backend, case: AnyCase) -> bool:
         try:
             validate_layer(case)
         except CaseError:
+            return False
+        router = case.cell.router
+        if router and made.support(case.cell.route_problem(), router).standing is Standing.REFUSED:
+            return False
+        if case.cell.against and misfit(case.cell, made, backend(case.cell.against, arch)):
             return False
         return layer_generation.takes(_layer_contract(made.contract(problem, case.cell.kernel_type)), case)
     contract = exchange(made.contract(problem, case.cell.kernel_type))

@@ -1,9 +1,12 @@
 """Cells of the experts alone and of whole layers: sizes, placements and budgets.
 
 Every path (kernel type, experts operator, format on the wire) of a composed backend gets a cell at every EP size that
-both halves take; sizes are small and awkward, and real shapes are for explore, ``--model`` and GPUs, with the
-intermediate cut to what the memory of one host holds. What the plan does not contain: shared experts beside an
-exchange, which vLLM computes apart.
+both halves take and that the tier has cases for, with three exceptions. Paths of experts in ``ALONE_SUFFICES`` get none
+and are listed as unsupported; paths with ``@bf16``, the element type beside a quantised wire, run at one EP size above
+1, which changes from path to path; so do lines ``in_turn``. Explore, ``--operator`` and ``--model`` make no exception.
+Sizes are small and awkward, and real shapes are for explore, ``--model`` and GPUs, with the intermediate cut to what
+the memory of one host holds. What the plan does not contain: shared experts beside an exchange, which vLLM computes
+apart.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ class ExpertSlot:
     short: bool = False  # see PlannedCell
 
 
-#: Two shards and every switch of path; a ragged number of experts over three; one slot; scattered experts, shared ones.
+#: Line by line: paths that switch at up to 256 rows; three shards and three slots, no power of two; one slot per token;
+#: experts scattered over the shards; a shared expert. All but the second have two shards.
 EXPERTS = (
     ExpertSlot(256, 128, 8, 4, 257, 6, shards=2),
     ExpertSlot(512, 256, 6, 3, 33, 4, shards=3, short=True),
@@ -141,7 +145,7 @@ def expert_cells(
                 shared=slot.shared,
                 buffer=min(LONGEST_BUFFER, getattr(backend, "longest_buffer", LONGEST_BUFFER)),
             )
-            found = _planned(backend, cell, slot.examples, companion, short=slot.short)
+            found = planned_cell(backend, cell, slot.examples, companion, short=slot.short)
             if isinstance(found, PlannedCell):
                 planned += 1
                 yield found
@@ -171,7 +175,7 @@ def layer_cells(
     every = tier == "explore" or only_models
     wide = [size for size in ep_sizes if size > 1]
     for number, path in enumerate(paths):
-        if path.endswith(UNQUANTISED) and not _has_wire(backend, path.removesuffix(UNQUANTISED)):
+        if path.endswith(UNQUANTISED) and not has_wire(backend, path.removesuffix(UNQUANTISED)):
             continue  # the path without the suffix is the same
         if not (every or named) and path.removesuffix(UNQUANTISED).endswith(ALONE_SUFFICES):
             reason = "these experts differ in what one rank computes alone: planned in explore, or with --operator"
@@ -187,7 +191,7 @@ def layer_cells(
                 turn = every or named or not able or world_size == able[number % len(able)]
                 here = [slot for slot in slots if turn or not slot.in_turn]
                 for cell, examples in _layers(name, path, world_size, nodes, here, shapes, only_models):
-                    found = _planned(backend, cell, examples, companion)
+                    found = planned_cell(backend, cell, examples, companion)
                     if isinstance(found, PlannedCell):
                         yield found
                     elif cell.translated:  # without: a line for the dispatches that see global ids
@@ -209,13 +213,14 @@ def _layers(
         examples = slot.examples_at(world_size)
         if not examples or (path.endswith(UNQUANTISED) and not slot.unquantised):
             continue
-        yield _layer(name, path, world_size, nodes, slot), examples
+        yield synthetic_layer(name, path, world_size, nodes, slot), examples
     for shape in models:
         if shape.experts % world_size == 0 and world_size > 1:
             yield _model_layer(name, path, world_size, nodes, shape), 2
 
 
-def _layer(name: str, path: str, world_size: int, nodes: int, slot: LayerSlot) -> LayerCell:
+def synthetic_layer(name: str, path: str, world_size: int, nodes: int, slot: LayerSlot) -> LayerCell:
+    """The cell of one line on one path."""
     redundant = slot.redundant * world_size
     return LayerCell(
         check=slot.check,
@@ -254,7 +259,7 @@ def _model_layer(name: str, path: str, world_size: int, nodes: int, shape: Model
     )
 
 
-def _planned(
+def planned_cell(
     backend: Backend, cell: LayerCell, examples: int, companion: bool, *, short: bool = False
 ) -> PlannedCell | str:
     """The cell as it is planned, or why it is refused."""
@@ -271,18 +276,21 @@ def _planned(
                 "the experts' path follows from the rows that each rank receives, and the judge takes one path for all "
                 "ranks; choose a dispatch with buffers of one size"
             )
-    return PlannedCell(cell, examples, support.standing is Standing.CLAIMED, companion, short)
+    claimed = support.standing is Standing.CLAIMED
+    if cell.router:
+        claimed &= backend.support(cell.route_problem(), cell.router).standing is Standing.CLAIMED
+    return PlannedCell(cell, examples, claimed, companion, short)
 
 
 def _runs(backend: Backend, path: str, world_size: int) -> bool:
     """Whether a path runs at an EP size on one node."""
-    problem = _layer("", path, world_size, 1, LAYERS[0]).problem()
+    problem = synthetic_layer("", path, world_size, 1, LAYERS[0]).problem()
     return backend.support(problem, path).standing is not Standing.REFUSED
 
 
-def _has_wire(backend: Backend, path: str) -> bool:
+def has_wire(backend: Backend, path: str) -> bool:
     """Whether a path quantises rows before it dispatches them, as far as a problem that it takes can tell."""
-    problem = _layer("", path, 1, 1, LAYERS[0]).problem()
+    problem = synthetic_layer("", path, 1, 1, LAYERS[0]).problem()
     if backend.support(problem, path).standing is Standing.REFUSED:
         return True  # its refusals are told
     declared = backend.contract(problem, path)

@@ -29,8 +29,9 @@ from reference.catalogue import CatalogueError, ModelShape, architectures, model
 TIERS = ("smoke", "gate", "explore", "replay")
 AUTO = "auto"
 COMPANIONS = ("reference", "allgather", f"reference{JOIN}reference")
-#: Dispatches that every build of torch has, beside the experts under test: all-to-all and none at all.
-NAIVE_DISPATCH = ("allgather", "replicated")
+#: Dispatches that every build of torch has, beside the experts under test: all-to-all, none at all, and the
+#: specification's, for experts that take no others (:func:`conformance.suite.routed_plan.lends_its_dispatch`).
+NAIVE_DISPATCH = ("allgather", "replicated", "reference")
 MAX_EP_SIZE = 64
 
 

@@ -22,6 +22,8 @@ from conformance.row_cases import Mode
 from conformance.suite.call_plan import call_cells
 from conformance.suite.cells import Plan, PlannedCell, Unsupported
 from conformance.suite.layer_plan import expert_cells, is_layer, layer_cells
+from conformance.suite.pair_plan import pair_cells
+from conformance.suite.routed_plan import lends_its_dispatch, routed_cells, weighs_input
 from conformance.suite.row_plan import row_cells
 from reference.catalogue import ModelShape
 from reference.problem import Problem, ProblemError
@@ -142,6 +144,8 @@ def make_plan(
     for name, backend, companion in backends:
         if is_layer(backend):
             paths = _paths(backend, () if companion else kernel_types, () if companion else operators)
+            # Experts that take no row count: of the exchanges only the specification's hands out valid rows alone.
+            lent = companion and lends_its_dispatch(backend)
             take(
                 layer_cells(
                     name,
@@ -149,12 +153,35 @@ def make_plan(
                     companion=companion,
                     tier=tier,
                     ep_sizes=ep_sizes,
-                    paths=paths,
+                    paths=() if lent else paths,
                     models=models,
                     only_models=only_models,
                     named=bool(operators) and not companion,
                 )
             )
+            take(
+                routed_cells(
+                    name,
+                    backend,
+                    companion=companion,
+                    tier=tier,
+                    ep_sizes=ep_sizes,
+                    paths=[path for path in paths if not only_models and (weighs_input(path) or not lent)],
+                    named=bool(operators) and not companion,
+                )
+            )
+            if not companion and tier != "smoke" and not only_models:
+                take(
+                    pair_cells(
+                        name,
+                        backend,
+                        [(other, made) for other, made, beside in backends if not beside],
+                        ep_sizes=ep_sizes,
+                        paths=paths,
+                        every=tier == "explore",
+                        named=bool(operators),
+                    )
+                )
             continue
         wanted = list(backend.kernel_types)
         if kernel_types and not companion:

@@ -26,9 +26,12 @@ import torch.distributed as dist
 from accelerated.interface import RankContext
 from accelerated.registry import backend
 from conformance.cases import decode
+from conformance.rank.cross_layer import Neighbours
 from conformance.rank.expert_program import ExpertProgram
-from conformance.rank.layer_program import LayerProgram
+from conformance.rank.guarded_layers import GuardedLayer
 from conformance.rank.sort_program import SortProgram
+from conformance.rank.whole_experts import whole_experts
+from conformance.rank.whole_layer import whole_layer
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else {device!r}
 ARCH = os.environ.get("EP_ARCH", {arch!r})
@@ -50,13 +53,16 @@ def main():
     context = RankContext(rank, world, device, dist.group.WORLD, ARCH)
     contract = made.contract(cell.problem(), cell.kernel_type)
     session = made.open(context)
+    neighbours = Neighbours(made, session, ARCH)
     operations = [session.build(cell.problem(), cell.kernel_type) for _ in range(1 if cell.whole else cell.shards)]
     if cell.whole:
-        program = LayerProgram(context, operations[0], contract, made.judged_by, cell)
+        operation, program = whole_layer(context, neighbours, made, session, GuardedLayer(operations[0]), cell)
+        operations = [operation]
     elif cell.check == "sort":
         program = SortProgram(context, operations, contract, cell)
     else:
-        program = ExpertProgram(context, operations, contract, made.judged_by, cell)
+        whole = whole_experts(made, session, cell, operations)
+        program = ExpertProgram(context, operations, contract, made.judged_by, cell, whole)
     mismatch, ratio = program.run(case, lambda name, index: None)
     print(f"rank {{rank}}: largest error over bound {{ratio:.3f}}", flush=True)
     if mismatch is not None:
@@ -64,6 +70,7 @@ def main():
     dist.all_reduce(torch.zeros(1))
     for operation in operations:
         operation.close()
+    neighbours.close()
     session.close()
     dist.destroy_process_group()
     sys.exit(mismatch is not None)

@@ -7,105 +7,30 @@ them.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import json
-import os
-import sys
-from typing import Any
-
 import pytest
 import torch
 
-from accelerated.aiter_ops import expert_layout, experts
-from accelerated.aiter_ops.experts_contract import contract
-from accelerated.aiter_ops.experts_numerics import ENVIRONMENT, OPERATORS
-from accelerated.aiter_ops.library import AiterLibrary, LibraryError, load_standin
-from accelerated.experts import ExpertProblem
-from conformance.rank.expert_weights import weights_of
-from conformance.selftest.suite.runs import ROOT
+from accelerated.aiter_ops import expert_layout
+from accelerated.aiter_ops.experts_numerics import OPERATORS
+from accelerated.aiter_ops.library import load_standin
+from conformance.selftest.accelerated.experts_recorder import (
+    INNER,
+    E,
+    H,
+    Recorder,
+    built,
+    call,
+    fix_environment,
+    loaded,
+)
 from reference.codecs import ScaleLayout
-from reference.expert_weights import ExpertWeights
 from reference.layouts import logical_scales, unpack_e2m1
 from reference.weight_layouts import unshuffle
 
-H, INNER, E = 256, 128, 8
-CPU = torch.device("cpu")
-
-
-def recorded(name: str) -> inspect.Signature:
-    """A function's signature as the real library was seen to have it."""
-    entry = json.loads((ROOT / "fixtures" / "signatures" / "aiter_moe.json").read_text())["functions"][name]
-    return inspect.Signature(
-        [
-            inspect.Parameter(
-                each["name"], getattr(inspect.Parameter, each["kind"]), default=each.get("default", inspect._empty)
-            )
-            for each in entry["parameters"]
-        ]
-    )
-
-
-class Recorder:
-    """``aiter.fused_moe`` that binds its arguments and computes nothing."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    def fused_moe(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        given = dict(recorded("aiter.fused_moe:fused_moe").bind(*args, **kwargs).arguments)
-        self.calls.append(given)
-        return torch.full((given["topk_ids"].shape[0], H), float(len(self.calls)), dtype=given["dtype"])
-
 
 @pytest.fixture(autouse=True)
-def arch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AITER_STANDIN_ARCH", "gfx950")
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AITER_BYPASS_TUNE_CONFIG", "1")
-
-
-def library(recorder: Any) -> AiterLibrary:
-    real = load_standin()
-    parts = {"fused_moe": recorder}
-    return AiterLibrary(
-        **{name: getattr(real, name) for name in AiterLibrary.__annotations__ if name != "part"},
-        part=lambda name: parts.get(name) or real.part(name),
-    )
-
-
-def built(name: str, recorder: Any = None, **sizes: Any) -> tuple[experts.AiterExperts, ExpertProblem]:
-    base = ExpertProblem(
-        shards=2, hidden=H, intermediate=INNER, experts=E, top_k=1 if "stage1" in name else 2, capacity=64
-    )
-    problem = dataclasses.replace(base, **sizes)
-    return experts.AiterExperts(library(recorder), name, problem, contract(problem, name, "gfx950")), problem
-
-
-def weights(name: str, problem: ExpertProblem, owned: list[int]) -> ExpertWeights:
-    declared = contract(problem, name, "gfx950")
-    return weights_of(
-        owned,
-        hidden=H,
-        intermediate=problem.intermediate,
-        codec=declared.weight_codec,
-        dtype=torch.bfloat16,
-        biased=declared.biased,
-        device=CPU,
-    )
-
-
-def loaded(name: str, recorder: Any, owned: list[int], **sizes: Any) -> tuple[experts.AiterExperts, ExpertWeights]:
-    operation, problem = built(name, recorder, **sizes)
-    local = weights(name, problem, owned)
-    operation.load(local, owned)
-    return operation, local
-
-
-def call(operation: experts.AiterExperts, rows: int = 3, k: int = 2, **more: Any) -> torch.Tensor:
-    ids = torch.arange(rows * k, dtype=torch.int32).view(rows, k) % E
-    return operation.experts(torch.ones(rows, H, dtype=torch.bfloat16), ids, torch.ones(rows, k), **more)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_environment(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -294,77 +219,6 @@ def test_loading_again_replaces_mask_and_weights() -> None:
     assert torch.equal(unshuffle(recorder.calls[0]["w1"])[0], local.w1[3])
 
 
-@pytest.mark.parametrize(
-    ("owned", "message"),
-    [([1, 0, 2, 3], "ascending"), ([0, 0, 1, 2], "ascending"), ([0, 1, 2, 9], "ascending"), ([0, 1, 2], "for 3 ids")],
-)
-def test_experts_that_a_mask_cannot_name(owned: list[int], message: str) -> None:
-    operation, problem = built("fused_moe.bf16", Recorder())
-    with pytest.raises(ValueError, match=message):
-        operation.load(weights("fused_moe.bf16", problem, [0, 1, 2, 3]), owned)
-
-
-def test_weights_of_another_scheme() -> None:
-    operation, problem = built("fused_moe.bf16", Recorder())
-    with pytest.raises(ValueError, match="the contract says how"):
-        operation.load(weights("fused_moe.fp8_token", problem, [0, 1, 2, 3]), [0, 1, 2, 3])
-    alone, problem = built("fused_moe.bf16", Recorder(), shards=1)
-    with pytest.raises(ValueError, match="4 of 8 experts on the only rank"):
-        alone.load(weights("fused_moe.bf16", problem, [0, 1, 2, 3]), [0, 1, 2, 3])
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("fused_moe.bf16", {"rows": torch.ones(2, H)}, "without scales"),
-        ("fused_moe.bf16", {"ids": torch.zeros(2, 2, dtype=torch.int64)}, "int32 and float32"),
-        ("fused_moe.bf16", {"weights": torch.ones(2, 2, dtype=torch.bfloat16)}, "int32 and float32"),
-        ("fused_moe.bf16", {"weights": torch.ones(2, 3)}, "int32 and float32"),
-        ("fused_moe.bf16", {"scales": torch.ones(2, 1)}, "no wire"),
-        ("fused_moe.bf16", {"num_rows": torch.ones(1, dtype=torch.int64)}, "one int32"),
-        ("fused_moe.fp8_token_stage1", {"num_rows": torch.ones(1, dtype=torch.int32)}, "contract takes it"),
-        ("fused_moe.fp8_token", {"rows": torch.ones(2, H, dtype=torch.uint8)}, "without scales"),
-        ("fused_moe.fp8_token", {"scales": torch.ones(2, 2)}, r"the wire has \[2, 1\] of 4"),
-        ("fused_moe.mxfp4", {"scales": torch.ones(2, H // 32)}, r"of 1 bytes"),
-    ],
-)
-def test_arguments_that_the_library_would_misread(name: str, change: dict[str, Any], message: str) -> None:
-    recorder = Recorder()
-    operation, _ = loaded(name, recorder, [0, 1, 2, 3])
-    k = 1 if "stage1" in name else 2
-    arguments = {
-        "rows": torch.ones(2, H, dtype=torch.bfloat16),
-        "ids": torch.zeros(2, k, dtype=torch.int32),
-        "weights": torch.ones(2, k),
-        **change,
-    }
-    with pytest.raises(ValueError, match=message):
-        operation.experts(arguments.pop("rows"), arguments.pop("ids"), arguments.pop("weights"), **arguments)
-    assert recorder.calls == []
-
-
-def test_no_call_before_load_or_after_close() -> None:
-    operation, _ = built("fused_moe.bf16", Recorder())
-    with pytest.raises(RuntimeError, match="no weights"):
-        call(operation)
-    operation.close()
-    with pytest.raises(RuntimeError, match="after close"):
-        call(operation)
-
-
-def test_the_environment_is_fixed_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AITER_BYPASS_TUNE_CONFIG")
-    built("fused_moe.bf16", Recorder())
-    assert os.environ["AITER_BYPASS_TUNE_CONFIG"] == "1"
-    for name, (wanted, _) in ENVIRONMENT.items():
-        monkeypatch.setenv(name, wanted)
-        built("fused_moe.bf16", Recorder())
-        monkeypatch.setenv(name, "3")
-        with pytest.raises(RuntimeError, match=f"{name} is 3"):
-            built("fused_moe.bf16", Recorder())
-        monkeypatch.delenv(name)
-
-
 @pytest.mark.parametrize("scale", [0.0, 3.0, -2.0, 2.0**-128, 2.0**128])
 def test_scales_that_no_e8m0_byte_stands_for(scale: float) -> None:
     with pytest.raises(ValueError, match="E8M0 has no other"):
@@ -374,21 +228,6 @@ def test_scales_that_no_e8m0_byte_stands_for(scale: float) -> None:
 def test_e8m0_codes() -> None:
     scales = torch.tensor([2.0**-127, 2.0**-1, 1.0, 2.0**127, torch.nan], dtype=torch.float64)
     assert expert_layout.e8m0_codes(scales).tolist() == [0, 126, 127, 254, 255]
-
-
-def test_a_broken_part_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = load_standin()
-    with pytest.raises(
-        LibraryError, match=r"accelerated\.standin\.aiter_ops\.ops\.nothing is broken: .*ModuleNotFound"
-    ):
-        real.part("ops.nothing")
-    # A module that cannot be imported: what sys.modules holds for one that failed.
-    monkeypatch.setitem(sys.modules, "accelerated.standin.aiter_ops.fused_moe", None)
-    broken = dataclasses.replace(library(Recorder()), part=real.part)
-    problem = ExpertProblem(2, H, INNER, E, 2, 64)
-    with pytest.raises(LibraryError, match=r"fused_moe is broken"):
-        experts.AiterExperts(broken, "fused_moe.bf16", problem, contract(problem, "fused_moe.bf16", "gfx950"))
-    assert real.quant.get_hip_quant is not None
 
 
 def test_every_operator_is_here() -> None:

@@ -19,7 +19,7 @@ from accelerated.contract import Standing
 from accelerated.experts import ExpertProblem
 from accelerated.standin.aiter_ops import defects
 from conformance.rank.expert_weights import weights_of
-from conformance.selftest.accelerated.test_aiter_experts import CPU, Recorder, built
+from conformance.selftest.accelerated.experts_recorder import CPU, Recorder, built
 from conformance.selftest.accelerated.test_aiter_experts_results import shards, worst
 from conformance.suite.cells import PlannedCell
 from conformance.suite.layer_plan import expert_cells

@@ -11,11 +11,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from accelerated.contract import Contract
+from accelerated.contract import Contract, ContractError
 from accelerated.experts import LayerProblem
 from accelerated.interface import Combined, RankContext, Received
 from accelerated.layer import LayerBackend
 from accelerated.layer_session import ComposedLayer, LayerError, LayerSession
+from accelerated.operators import Family, RowProblem
+from accelerated.routers import FORMS, Always, RouteContract
 from conformance.selftest.accelerated.layer_halves import (
     DENSE,
     EVERYWHERE,
@@ -117,6 +119,23 @@ def test_whole_life_in_order() -> None:
     got = first.delivered
     assert rows is got.rows
     assert (ids, weights, scales, num_rows) == (got.ids, got.weights, got.scales, got.count)
+
+
+def test_a_router_is_that_of_the_experts() -> None:
+    first, second = Sender(**vars(dispatch())), Mathematician(**vars(experts("math")))
+    second.operators = {**second.operators, "route": ("best.softmax_k2",)}
+    second.declared = {"best.softmax_k2": RouteContract(Always(FORMS["softmax_k2"].numerics))}
+    group = cast("torch.distributed.ProcessGroup", "the group")
+    session = LayerBackend(first, second).open(RankContext(0, 2, torch.device("cpu"), group, "gfx950"))
+    problem = RowProblem(Family.ROUTE, 1, 8, 4)
+    session.build(problem, "best.softmax_k2").close()
+    assert second.calls == ["math open", "math build", "math close"]
+    assert first.calls == ["sender open"]
+    with pytest.raises(ContractError, match=r"^math has no router 'best' for a layer; it has best\.softmax_k2$"):
+        session.build(problem, "best")
+    second.fails = ["build"]
+    with pytest.raises(LayerError, match=r"^experts \(math\): OSError: build failed$"):
+        session.build(problem, "best.softmax_k2")
 
 
 def test_without_a_wire_rows_go_as_they_are() -> None:

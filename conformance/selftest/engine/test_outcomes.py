@@ -5,11 +5,14 @@ Scope: the driver against real rank processes on the CPU. A pass does not prove 
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from conformance.engine.driver import Driver, InfraError, Outcome
+from conformance.engine.driver import CHECKS, Driver, InfraError, Outcome
 from conformance.engine.pool import GRACE_S
 from conformance.selftest.engine.backends import MODULE, Defect
 from conformance.selftest.engine.helpers import case, cell
@@ -118,3 +121,18 @@ def test_the_phase_names_the_round() -> None:
     finally:
         driver.close()
     assert outcome.phases[0] == "finalize of round 2"
+
+
+def test_every_check_has_its_place_in_the_order_of_severity() -> None:
+    """A failed check without one would end the run as a failure of the harness."""
+    ranks = Path(__file__).parents[2] / "rank"
+    words = {
+        node.value
+        for path in ranks.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    subjects = {check.partition(".")[0] for check in CHECKS}
+    named = {word for word in words if re.fullmatch(rf"({'|'.join(subjects)})\.[a-z_]+", word)}
+    assert len(named) > 30
+    assert named <= set(CHECKS)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -19,12 +18,12 @@ from accelerated.layer import split_path
 from accelerated.registry import backend
 from conformance.cases import Explicit, LayerCase, LayerCell, LayerRound
 from conformance.faults import LAYER_FAULTS, LayerFault
+from conformance.selftest.faults.conftest import gate_options
 from conformance.selftest.faults.test_faults import caught
 from conformance.selftest.suite.runs import ROOT
 from conformance.suite.cells import PlannedCell
 from conformance.suite.failure import Failure
 from conformance.suite.harness import Harness
-from conformance.suite.options import Options
 from conformance.suite.plan import make_plan
 from conformance.suite.records import RecordWriter
 from conformance.verdicts import Verdict
@@ -34,33 +33,13 @@ PLAIN = LayerRound(Explicit(((),)), values="integers", weighting="ones")
 _SETTINGS = ("values", "weighting", "tail", "counted", "quantised", "relation")
 
 
-def options(arch: str, output: Path) -> Options:
-    return Options(
-        backends=(),
-        companions=(),
-        kernel_types=(),
-        ep_sizes=(1, 2, 4),
-        device="cpu",
-        arch=arch,
-        tier="gate",
-        models=(),
-        only_models=False,
-        require_hardware=False,
-        output=output,
-        seed=0,
-        time_budget_s=60.0,
-        reduce_budget_s=90.0,
-        replay=(),
-    )
-
-
 @pytest.fixture(scope="module")
 def harnesses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Harness]]:
     """A harness of the gate on the CPU for each architecture."""
     made = {}
     for arch in ("gfx942", "gfx950"):
         output = tmp_path_factory.mktemp(arch)
-        made[arch] = Harness(options(arch, output), RecordWriter(output / "records.jsonl"))
+        made[arch] = Harness(gate_options(output, arch), RecordWriter(output / "records.jsonl"))
     yield made
     for one in made.values():
         one.close()
@@ -78,7 +57,16 @@ def gate_cells(fault: LayerFault) -> list[PlannedCell]:
         operators=(parts.operator if parts else fault.path,),
         models=(),
     )
-    cells = [p for p in plan.cells if p.cell.check == fault.subject and p.claimed]
+    # What only a comparison with another exchange can see.
+    compared = fault.check == "layer.equal"
+    cells = [
+        p
+        for p in plan.cells
+        if p.cell.check == fault.subject
+        and p.claimed
+        and bool(getattr(p.cell, "against", "")) == compared
+        and bool(getattr(p.cell, "router", "")) == fault.routed
+    ]
     return sorted(cells, key=_plainness)
 
 
@@ -131,13 +119,18 @@ def test_every_property_of_experts_and_layers_has_a_fault() -> None:
     assert {fault.subject for fault in LAYER_FAULTS.values()} == {"sort", "experts", "layer", "eplb"}
     sorts = {f"sort.{name}" for name in ("layout", "totals", "entries", "weights", "experts", "cleared")}
     checks = {fault.check for fault in LAYER_FAULTS.values()}
-    assert checks == {"experts.output", "experts.relation", "experts.bits", "layer.output", *sorts}
+    whole = {"layer.output", "layer.equal", "eplb.load", "eplb.replicas"}
+    alone = {f"experts.{name}" for name in ("output", "relation", "bits", "shards")}
+    assert checks == {"route.weights", *alone, *whole, *sorts}
 
 
-@pytest.mark.parametrize("name", ["weights_ignored", "local_experts_only"])
+@pytest.mark.parametrize(
+    "name",
+    ["weights_ignored", "alone_without_the_last", "local_experts_only", "weights_of_padded_rows", "row_bit_flipped"],
+)
 def test_the_stand_alone_script_shows_it(harnesses: dict[str, Harness], name: str) -> None:
     fault = LAYER_FAULTS[name]
-    _, failure = caught(harnesses[fault.arch], gate_cells(fault)[:1])
+    _, failure = caught(harnesses[fault.arch], gate_cells(fault))
     ranks = failure.minimal.cell.world_size
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     script = str(failure.directory / "reproduce.py")

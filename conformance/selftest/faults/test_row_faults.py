@@ -19,11 +19,11 @@ from conformance.engine.driver import Driver
 from conformance.faults import ROW_FAULTS, RowFault, RowMinimum, row_replacements
 from conformance.faults.row_fault import MinimalCall
 from conformance.row_cases import LOGIT_KINDS, NONFINITE, Call, Pattern, RowCase, RowCell
+from conformance.selftest.faults.conftest import gate_options
 from conformance.selftest.faults.test_faults import caught
 from conformance.suite.cells import PlannedCell
 from conformance.suite.failure import Failure
 from conformance.suite.harness import Harness
-from conformance.suite.options import Options
 from conformance.suite.plan import GATE
 from conformance.suite.records import RecordWriter
 from conformance.suite.row_plan import row_cells
@@ -52,24 +52,7 @@ def harness_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harnesses]:
     def harness(arch: str) -> Harness:
         if arch not in made:
             output = tmp_path_factory.mktemp(arch)
-            options = Options(
-                backends=(),
-                companions=(),
-                kernel_types=(),
-                ep_sizes=(1, 2, 4, 8),
-                device="cpu",
-                arch=arch,
-                tier="gate",
-                models=(),
-                only_models=False,
-                require_hardware=False,
-                output=output,
-                seed=0,
-                time_budget_s=60.0,
-                reduce_budget_s=90.0,
-                replay=(),
-            )
-            made[arch] = Harness(options, RecordWriter(output / "records.jsonl"))
+            made[arch] = Harness(gate_options(output, arch), RecordWriter(output / "records.jsonl"))
         return made[arch]
 
     yield harness

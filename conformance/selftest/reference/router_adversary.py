@@ -160,7 +160,7 @@ DEFECTS: dict[str, Steps] = {
 
 
 def legal_sets(choice: Array, numerics: RouterNumerics) -> set[tuple[int, ...]]:
-    """Every set that some way of breaking ties gives, of one row of choices; equal is equal to within 1e-12."""
+    """Every set that some way of breaking ties gives, of one row of choices."""
     size = len(choice) // numerics.groups
     groups = choice.reshape(1, numerics.groups, size).astype(np.float64)
     of_group = np.sort(groups, 2)[0]
@@ -179,5 +179,5 @@ def highest_sets(values: Array, count: int) -> list[tuple[int, ...]]:
     return [
         s
         for s in combinations(places, count)
-        if min(values[list(s)]) >= max((values[p] for p in places if p not in s), default=-np.inf) - 1e-12
+        if min(values[list(s)]) >= max((values[p] for p in places if p not in s), default=-np.inf)
     ]

@@ -110,7 +110,7 @@ def test_ragged_tails_are_quantised_as_if_filled_with_zeros(name: str) -> None:
     error = (dequantise(got, codec) - rows.double()).abs()
     if not codec.static:
         # E2M1 rounded down is off by up to a quarter: 8 becomes 6.
-        assert bool((error <= 0.26 * rows.abs().amax(1, keepdim=True)).all())
+        assert bool((error <= 0.25 * rows.abs().amax(1, keepdim=True)).all())
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -148,7 +148,7 @@ def test_named_values(name: str, element: float, value: float, scale: float) -> 
     codec = KINDS[name]
     got = quantise(torch.tensor([[element, 0.0]]), codec)
     assert decode(got.codes, codec.payload).tolist() == [[value, 0.0]]
-    assert got.scales.item() == pytest.approx(scale, rel=2.0**-23)
+    assert got.scales.item() == torch.tensor(scale).item()
 
 
 def test_ties_of_e2m1() -> None:

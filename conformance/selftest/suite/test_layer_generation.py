@@ -24,7 +24,7 @@ from conformance.cases import (
     validate,
     validate_layer,
 )
-from conformance.layer_generation import RELATIONS, ladder, layer_cases, layer_ladder, strata_of, takes
+from conformance.layer_generation import RELATIONS, ladder, layer_cases, layer_ladder, relations_of, strata_of, takes
 from conformance.selftest.suite.layer_cells import (
     TOKEN,
     experts_cell,
@@ -52,8 +52,13 @@ def test_the_ladder_hits_every_class_it_must(placement: str, duplicates: bool) -
         check(case)
         assert takes(contract, case)
     hit = {name for case in cases for name in layer_coverage.classes(case)}
-    assert layer_coverage.required(cell, short=False, masked=True, quantised=True, duplicates=duplicates) <= hit
-    assert {f"relation {name}" for name in RELATIONS} <= hit
+    relations = relations_of(contract, cell)
+    assert relations == RELATIONS
+    least = layer_coverage.required(
+        cell, short=False, masked=True, quantised=True, duplicates=duplicates, relations=relations
+    )
+    assert least <= hit
+    assert {f"relation {name}" for name in RELATIONS} <= least
 
 
 def test_the_ladder_takes_both_sides_of_a_boundary_and_the_long_buffer() -> None:
@@ -62,6 +67,12 @@ def test_the_ladder_takes_both_sides_of_a_boundary_and_the_long_buffer() -> None
     counts = {len(expand(c.cell, c.rounds[0].routing)[0]) for c in cases}
     assert {0, 1, 16, 17, 21, 22, 32, 33, 255, 256, 257, 300} <= counts
     assert max(c.rounds[0].tail for c in cases) == 4 * 4095
+
+
+def test_slots_come_apart_where_experts_have_left_their_first_path() -> None:
+    cases = ladder(experts_cell(capacity=300), experts_contract(boundaries=(16, 32, 100)))
+    (apart,) = (case for case in cases if case.rounds[0].relation == "slots apart")
+    assert apart.token_counts() == [(33,)]
 
 
 def test_no_buffer_is_longer_than_the_cell_says() -> None:
