@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from random import Random
-from typing import get_args
 
 import msgspec
 from hypothesis import strategies as st
 
-from accelerated.contract import Contract, MaskedSlots
+from accelerated.contract import Contract
 from accelerated.experts import ExpertContract, LayerContract
-from accelerated.sorting import SortContract
 from conformance.cases import (
     Explicit,
     LayerCase,
@@ -31,11 +29,10 @@ from conformance.cases import (
     Values,
     Weighting,
     expand,
-    routing_counts,
 )
 from conformance.generation import MASKED, applies, rounds
-from conformance.recipes import ARCHETYPES, Row, Site
-from reference.expert_numerics import ExpertNumerics, WeightStage
+from conformance.layer_rules import drops_masked, relations_of, suits, takes_duplicates, without_repeats
+from conformance.recipes import ARCHETYPES, Site
 from reference.placement import physical_to_global
 
 #: Valid rows of the long buffer, and how many times as long it is.
@@ -47,104 +44,12 @@ _WEIGHTINGS: tuple[Weighting, ...] = ("signed", "single", "zeros", "positive", "
 _SWITCHES = (15, 16, 17, 31, 32, 33, 64, 255, 256, 257)
 #: More rows than this are slow to judge once for each slot.
 _MANY = 64
-RELATIONS: tuple[Relation, ...] = get_args(Relation)[1:]
 #: Part of a layer's cases for that placement.
 ROUND_ROBIN = "round-robin"
 _MAX_SEED = 2**20 - 1
 _PALETTE = 5
 #: Archetypes of the experts alone: how the slots of a token spread over the shards.
 _ARCHETYPES = ("uniform", "hot-expert", "hot-rank", "spread", "avoid-rank")
-
-
-def drops_masked(contract: ExpertContract | LayerContract) -> bool:
-    """Whether slots of -1 contribute nothing on the whole path."""
-    if isinstance(contract, LayerContract):
-        return contract.masked_slots is MaskedSlots.DROPPED
-    return contract.drops_masked
-
-
-def takes_duplicates(contract: ExpertContract | LayerContract) -> bool:
-    """Whether a row may name an expert twice."""
-    return contract.experts.takes_duplicates if isinstance(contract, LayerContract) else contract.takes_duplicates
-
-
-def _without_repeats(rows: Rows, experts: int) -> Rows:
-    """Every repeated id replaced by the next expert that its row does not name yet."""
-
-    def changed(row: Row) -> Row:
-        found: list[int] = []
-        for expert in row:
-            rest = ((expert + step) % experts for step in range(experts))
-            found.append(expert if expert < 0 else next(e for e in rest if e not in found))
-        return tuple(found)
-
-    return tuple(tuple(map(changed, tokens)) for tokens in rows)
-
-
-def relations_of(contract: ExpertContract, cell: LayerCell) -> tuple[Relation, ...]:
-    """Relations that say something about a cell: the mathematics promises it and the contract takes the calls."""
-    held: dict[Relation, bool] = {
-        "slot order": cell.top_k + cell.shared > 1,
-        "expert order": cell.experts > cell.shards,
-        "larger buffer": contract.takes_num_rows,
-        # Before a non-linear activation a factor is not one afterwards.
-        "scaled weights": contract.numerics(1).weight_stage is WeightStage.AFTER_W2,
-        "slots apart": contract.numerics(1).weight_stage is WeightStage.AFTER_W2 and cell.top_k + cell.shared > 1,
-        "masked routes": contract.drops_masked,
-        "shards added": cell.shards > 1,
-    }
-    return tuple(name for name in RELATIONS if held.get(name, True)) if cell.check != "sort" else ()
-
-
-def _suits(a_round: LayerRound, contract: ExpertContract, cell: LayerCell) -> bool:
-    """Whether a round's relation has what it needs."""
-    if not a_round.relation:
-        return True
-    if a_round.relation == "larger buffer":
-        spare = cell.rows - sum(routing_counts(a_round.routing)) - a_round.tail
-        if not (a_round.counted or a_round.tail) or spare < 1:
-            return False
-    if a_round.relation == "shards added":
-        # One rank that holds every expert may look ids up unmasked, and its rows are not quantised twice.
-        routing = a_round.routing
-        masked = isinstance(routing, Explicit) and any(-1 in row for rows in routing.rows for row in rows)
-        if masked or a_round.quantised:
-            return False
-    return a_round.relation in relations_of(contract, cell)
-
-
-def takes(contract: ExpertContract | LayerContract, case: LayerCase) -> bool:
-    """Whether the contract says something about every round of a case with explicit rows."""
-    experts = contract.experts if isinstance(contract, LayerContract) else contract
-    for a_round in case.rounds:
-        rows = a_round.routing.rows if isinstance(a_round.routing, Explicit) else ()
-        if (case.cell.router or not experts.takes_duplicates) and rows != _without_repeats(rows, case.cell.logical):
-            return False
-        if (case.cell.router or not drops_masked(contract)) and any(-1 in row for tokens in rows for row in tokens):
-            return False
-        if isinstance(contract, LayerContract):
-            continue
-        if (a_round.tail or a_round.counted) and not experts.takes_num_rows:
-            return False
-        if not _suits(a_round, experts, case.cell):
-            return False
-        if a_round.quantised and experts.wire is None:
-            return False
-        if rows and not rows[0] and not a_round.tail and not experts.takes_empty:
-            return False
-    return True
-
-
-def as_experts(contract: SortContract) -> ExpertContract:
-    """What the generator asks of a contract, for a sort."""
-    return ExpertContract(
-        numerics=lambda rows: ExpertNumerics(),
-        takes_num_rows=contract.takes_num_rows,
-        takes_remote=contract.masked,
-        drops_masked=contract.masked,
-        takes_duplicates=False,
-        takes_empty=False,
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- the ladder
@@ -227,12 +132,12 @@ def _routing(
         per_shard = cell.logical // cell.shards
         pool = [e for e in range(cell.logical) if e % per_shard or per_shard == 1]
         rows = tuple(tuple(pool[(t + slot) % len(pool)] for slot in range(cell.top_k)) for t in range(count))
-        return _where_they_lie(cell, (rows,) if repeats else _without_repeats((rows,), cell.logical))
+        return _where_they_lie(cell, (rows,) if repeats else without_repeats((rows,), cell.logical))
     palette = [tuple(ARCHETYPES[archetype](random, site)) for _ in range(min(count, _PALETTE))]
     if archetype == MASKED and palette:
         palette[0] = (-1, *palette[0][1:])
     found = (tuple(palette[t % len(palette)] for t in range(count)),)
-    return _where_they_lie(cell, found if repeats else _without_repeats(found, cell.logical))
+    return _where_they_lie(cell, found if repeats else without_repeats(found, cell.logical))
 
 
 def _where_they_lie(cell: LayerCell, rows: Rows) -> Explicit:
@@ -268,7 +173,7 @@ def layer_ladder(cell: LayerCell, contract: LayerContract) -> Iterator[LayerCase
             for rank in range(cell.world_size)
         )
         repeats = takes_duplicates(contract) and not cell.router
-        routing = Explicit(rows if repeats else _without_repeats(rows, cell.logical))
+        routing = Explicit(rows if repeats else without_repeats(rows, cell.logical))
         # With one term in a token what another replica makes of it has the same bits.
         one_term = bool(cell.against) or (cell.redundant > 0 and number == len(counts) - 1)
         weighting: Weighting = "single" if one_term else "signed"
@@ -306,7 +211,7 @@ def expert_rounds(draw: st.DrawFn, cell: LayerCell, contract: ExpertContract) ->
         quantised=contract.wire is not None and draw(st.booleans()),
         relation=relation,
     )
-    return drawn if _suits(drawn, contract, cell) else msgspec.structs.replace(drawn, relation="")
+    return drawn if suits(drawn, contract, cell) else msgspec.structs.replace(drawn, relation="")
 
 
 @st.composite
@@ -324,7 +229,7 @@ def layer_rounds(
     drawn: Round = draw(rounds(_routed(cell), names, delays=delays))
     rows = expand(_routed(cell), drawn.routing)
     return LayerRound(
-        routing=Explicit(rows if repeats else _without_repeats(rows, cell.logical)),
+        routing=Explicit(rows if repeats else without_repeats(rows, cell.logical)),
         values=draw(st.sampled_from(_VALUES)),
         seed=drawn.seed,
         delays_ms=drawn.delays_ms,

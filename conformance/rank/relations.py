@@ -3,7 +3,7 @@
 Scope: each relation changes the input so that the mathematics says what becomes of the output, and changes the output
 back. Where the contract promises bits, those of the first call; elsewhere the first call's acceptance, which holds
 for any order of the terms. Which relations say something about a cell is
-:func:`conformance.layer_generation.relations_of`'s to know. What holding relations do not prove: that either result is
+:func:`conformance.layer_rules.relations_of`'s to know. What holding relations do not prove: that either result is
 right.
 """
 

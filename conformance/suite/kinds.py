@@ -17,7 +17,7 @@ from accelerated.operators import NormContract, QuantContract
 from accelerated.registry import backend
 from accelerated.routers import RouteContract
 from accelerated.sorting import SortContract
-from conformance import layer_generation
+from conformance import layer_generation, layer_rules
 from conformance.cases import AnyCase, AnyCell, CaseError, Explicit, LayerCase, LayerCell, validate_layer
 from conformance.engine.reducer import Reducer, Reduction, RowReducer
 from conformance.generation import MASKED, cases, strata
@@ -75,10 +75,10 @@ def required(planned: PlannedCell, contract: object, parts: list[Part]) -> froze
             short=planned.short,
             masked=MASKED in names if isinstance(layer, LayerContract) else layer.drops_masked,
             quantised=isinstance(layer, ExpertContract) and layer.wire is not None,
-            duplicates=layer_generation.takes_duplicates(layer),
+            duplicates=layer_rules.takes_duplicates(layer),
             round_robin=layer_generation.ROUND_ROBIN in names,
             counted=isinstance(layer, ExpertContract) and layer.takes_num_rows,
-            relations=layer_generation.relations_of(layer, cell) if isinstance(layer, ExpertContract) else (),
+            relations=layer_rules.relations_of(layer, cell) if isinstance(layer, ExpertContract) else (),
         )
     return coverage.required(cell.world_size, masked=len(parts) > 1)
 
@@ -112,7 +112,7 @@ def legal(made: Backend, case: AnyCase, arch: str) -> bool:
             return False
         if case.cell.against and misfit(case.cell, made, backend(case.cell.against, arch)):
             return False
-        return layer_generation.takes(_layer_contract(made.contract(problem, case.cell.kernel_type)), case)
+        return layer_rules.takes(_layer_contract(made.contract(problem, case.cell.kernel_type)), case)
     contract = exchange(made.contract(problem, case.cell.kernel_type))
     if contract.masked_slots is MaskedSlots.DROPPED:
         return True
@@ -133,6 +133,6 @@ def row_contract(contract: object) -> RowContract:
 
 def _layer_contract(contract: object) -> ExpertContract | LayerContract:
     if isinstance(contract, SortContract):
-        return layer_generation.as_experts(contract)
+        return layer_rules.as_experts(contract)
     assert isinstance(contract, ExpertContract | LayerContract)
     return contract

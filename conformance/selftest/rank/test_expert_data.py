@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conformance.cases import LayerRound, Relation, Values, Weighting
-from conformance.layer_generation import RELATIONS
+from conformance.layer_rules import RELATIONS
 from conformance.rank.expert_weights import weights_of
 from conformance.rank.inputs import Inputs
 from conformance.rank.judge_experts import judge_layout, judge_output, judge_same_bits

@@ -21,7 +21,7 @@ from accelerated.interface import RankContext
 from accelerated.reference_experts import Always, ReferenceExperts, contract
 from conformance.cases import LayerCase, LayerCell, Relation
 from conformance.engine.protocol import Mismatch
-from conformance.layer_generation import relations_of, takes
+from conformance.layer_rules import relations_of, takes
 from conformance.rank.expert_program import ExpertProgram
 from conformance.rank.inputs import Inputs
 from conformance.rank.parts import one_slot_each, slot_calls, slots_together

@@ -24,7 +24,8 @@ from conformance.cases import (
     validate,
     validate_layer,
 )
-from conformance.layer_generation import RELATIONS, ladder, layer_cases, layer_ladder, relations_of, strata_of, takes
+from conformance.layer_generation import ladder, layer_cases, layer_ladder, strata_of
+from conformance.layer_rules import RELATIONS, relations_of, takes
 from conformance.selftest.suite.layer_cells import (
     TOKEN,
     experts_cell,

@@ -22,7 +22,8 @@ from accelerated.operators import Family, RowProblem
 from accelerated.registry import backend
 from conformance.cases import CaseError, LayerCase, LayerCell, decode, encode, validate_layer
 from conformance.engine import layer_steps, steps
-from conformance.layer_generation import layer_cases, layer_ladder, strata_of, takes
+from conformance.layer_generation import layer_cases, layer_ladder, strata_of
+from conformance.layer_rules import takes
 from conformance.selftest.faults.conftest import gate_options
 from conformance.selftest.suite.layer_cells import layer_cell, layer_contract, one
 from conformance.suite import kinds, layer_coverage
