@@ -26,7 +26,8 @@ from accelerated.mori_ep.library import probe_mori
 from accelerated.operators import Family, operators_of
 from accelerated.registry import BackendError, backend
 from conformance import __version__
-from conformance.cases import AnyCase, AnyCell, CaseError, LayerCell, decode
+from conformance.case_files import decode
+from conformance.cases import AnyCase, AnyCell, CaseError, LayerCell
 from conformance.engine.lease import core_slots
 from conformance.layer_pairs import misfit
 from conformance.row_cases import RowCase, RowCell

@@ -18,17 +18,8 @@ from accelerated.registry import backend
 from accelerated.routers import RouteContract
 from accelerated.sorting import SortContract
 from conformance import layer_generation, layer_rules
-from conformance.cases import (
-    AnyCase,
-    AnyCell,
-    Case,
-    CaseError,
-    Explicit,
-    LayerCase,
-    LayerCell,
-    validate,
-    validate_layer,
-)
+from conformance.case_files import validate, validate_layer
+from conformance.cases import AnyCase, AnyCell, Case, CaseError, Explicit, LayerCase, LayerCell
 from conformance.engine.reducer import Reducer, Reduction, RowReducer
 from conformance.generation import MASKED, cases, strata
 from conformance.layer_pairs import misfit

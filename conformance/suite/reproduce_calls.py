@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from accelerated.interface import RankContext
 from accelerated.registry import backend
-from conformance.cases import decode
+from conformance.case_files import decode
 from conformance.rank.experts import LocalExperts
 from conformance.rank.guarded_exchange import GuardedExchange
 from conformance.rank.programs import Program

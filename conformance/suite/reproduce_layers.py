@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from accelerated.interface import RankContext
 from accelerated.registry import backend
-from conformance.cases import decode
+from conformance.case_files import decode
 from conformance.rank.cross_layer import Neighbours
 from conformance.rank.expert_program import ExpertProgram
 from conformance.rank.guarded_layers import GuardedLayer

@@ -9,7 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from conformance.cases import Case, decode
+from conformance.case_files import decode
+from conformance.cases import Case
 from conformance.engine.driver import Driver
 from conformance.engine.pool import Pool
 from conformance.selftest.engine.helpers import case

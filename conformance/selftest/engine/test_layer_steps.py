@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from conformance.cases import Case, CaseError, LayerCase, validate, validate_layer
+from conformance.case_files import validate, validate_layer
+from conformance.cases import Case, CaseError, LayerCase
 from conformance.engine import layer_steps, steps
 from conformance.engine.reducer import Reducer
 from conformance.selftest.suite.layer_cells import experts_cell, layer_cell, one

@@ -12,7 +12,8 @@ from random import Random
 import msgspec
 import pytest
 
-from conformance.cases import Case, CaseError, Cell, Explicit, Recipe, Round, Rows, validate
+from conformance.case_files import validate
+from conformance.cases import Case, CaseError, Cell, Explicit, Recipe, Round, Rows
 from conformance.engine import steps
 from conformance.engine.reducer import Reducer, Reduction
 from conformance.row_cases import Mode

@@ -13,17 +13,8 @@ import pytest
 from hypothesis import given, seed, settings
 
 from accelerated.contract import MaskedSlots
-from conformance.cases import (
-    CaseError,
-    Explicit,
-    LayerCase,
-    LayerCell,
-    decode,
-    encode,
-    expand,
-    validate,
-    validate_layer,
-)
+from conformance.case_files import decode, validate, validate_layer
+from conformance.cases import CaseError, Explicit, LayerCase, LayerCell, encode, expand
 from conformance.layer_generation import ladder, layer_cases, layer_ladder, strata_of
 from conformance.layer_rules import RELATIONS, relations_of, takes
 from conformance.selftest.suite.layer_cells import (

@@ -20,7 +20,8 @@ from accelerated.contract import Contract, MaskedSlots, ReceiveLayout, RowOrder
 from accelerated.interface import Backend
 from accelerated.layer import LayerBackend, split_path
 from accelerated.registry import backend
-from conformance.cases import CaseError, LayerCase, LayerCell, encode, validate_layer
+from conformance.case_files import validate_layer
+from conformance.cases import CaseError, LayerCase, LayerCell, encode
 from conformance.engine import layer_steps
 from conformance.layer_generation import layer_cases, layer_ladder
 from conformance.layer_pairs import misfit, one_term

@@ -20,7 +20,8 @@ from accelerated.interface import Backend
 from accelerated.layer import LayerBackend, split_path
 from accelerated.operators import Family, RowProblem
 from accelerated.registry import backend
-from conformance.cases import CaseError, LayerCase, LayerCell, decode, encode, validate_layer
+from conformance.case_files import decode, validate_layer
+from conformance.cases import CaseError, LayerCase, LayerCell, encode
 from conformance.engine import layer_steps, steps
 from conformance.layer_generation import layer_cases, layer_ladder, strata_of
 from conformance.layer_rules import takes

@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from accelerated.operators import Family
-from conformance.cases import Case, CaseError, decode, encode
+from conformance.case_files import decode
+from conformance.cases import Case, CaseError, encode
 from conformance.row_cases import KINDS, MAX_ROWS, Call, Pattern, RowCase, RowCaseError, validate_rows
 from conformance.selftest.engine import helpers
 from conformance.selftest.suite.row_cells import NORMAL, row_case, row_cell

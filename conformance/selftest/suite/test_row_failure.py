@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from conformance.cases import decode
+from conformance.case_files import decode
 from conformance.row_cases import Call, Pattern, RowCase, RowCell
 from conformance.selftest.suite.row_backends import MODULE
 from conformance.selftest.suite.row_cells import NORMAL, row_case, row_cell
