@@ -61,8 +61,8 @@ GATE = (
     RowSlot("norm", _N, 384, 9, {1: 6}, "float16", short=True),
     RowSlot("norm", _N, 8200, 3, {1: 6}, short=True),
     RowSlot("norm", _N, 512, 130, {1: 4}, mode="free-running", short=True),
-    RowSlot("allreduce_norm", _A, 512, 1024, {2: 6, 4: 4, 8: 3}, in_turn=True),
-    RowSlot("allreduce_norm", _A, 384, 64, {2: 10, 4: 8, 8: 6}, short=True),
+    RowSlot("allreduce_norm", _A, 512, 1024, {2: 4, 4: 3, 8: 2}, in_turn=True),
+    RowSlot("allreduce_norm", _A, 384, 64, {2: 6, 4: 4, 8: 3}, short=True),
     RowSlot("allreduce_norm", _A, 4096, 40, {2: 4, 4: 3, 8: 2}, short=True, in_turn=True),
     RowSlot("allreduce_norm", _A, 512, 128, {2: 4, 4: 3, 8: 3}, mode="free-running", short=True, in_turn=True),
     RowSlot("compiled", _N, 256, 9, {1: 2}, short=True),
@@ -82,8 +82,8 @@ COMPANION = (
     RowSlot("quantise", _Q, 200, 9, {1: 3}),
     RowSlot("norm", _N, 256, 9, {1: 3}),
     RowSlot("allreduce_norm", _A, 512, 33, {2: 3, 4: 2, 8: 1}),
+    # Its AllReduce is compiled in the selftests: a compile costs as much as a hundred cases.
     RowSlot("compiled", _N, 256, 9, {1: 2}, short=True),
-    RowSlot("compiled", _A, 512, 9, {2: 2}, short=True),
     RowSlot("route", _R, 256, 5, {1: 1}),
     RowSlot("route", _R, 72, 17, {1: 1}, short=True),
 )
