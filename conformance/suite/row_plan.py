@@ -62,7 +62,7 @@ GATE = (
     RowSlot("norm", _N, 8200, 3, {1: 4}, short=True),
     RowSlot("norm", _N, 512, 130, {1: 4}, mode="free-running", short=True),
     RowSlot("allreduce_norm", _A, 512, 1024, {2: 4, 4: 3, 8: 2}, in_turn=True),
-    RowSlot("allreduce_norm", _A, 384, 64, {2: 6, 4: 4, 8: 0}, short=True),
+    RowSlot("allreduce_norm", _A, 384, 64, {2: 6, 4: 4, 8: 1}, short=True),
     RowSlot("allreduce_norm", _A, 4096, 40, {2: 4, 4: 3, 8: 2}, short=True, in_turn=True),
     RowSlot("allreduce_norm", _A, 512, 128, {2: 4, 4: 3, 8: 3}, mode="free-running", short=True, in_turn=True),
     RowSlot("compiled", _N, 256, 9, {1: 2}, short=True),
