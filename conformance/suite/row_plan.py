@@ -64,7 +64,7 @@ GATE = (
     RowSlot("allreduce_norm", _A, 512, 1024, {2: 3, 4: 2, 8: 1}, in_turn=True),
     RowSlot("allreduce_norm", _A, 384, 64, {2: 4, 4: 2, 8: 1}, short=True),
     RowSlot("allreduce_norm", _A, 4096, 40, {2: 3, 4: 2, 8: 1}, short=True, in_turn=True),
-    RowSlot("allreduce_norm", _A, 512, 128, {2: 3, 4: 2, 8: 2}, mode="free-running", short=True, in_turn=True),
+    RowSlot("allreduce_norm", _A, 512, 128, {2: 4, 4: 3, 8: 3}, mode="free-running", short=True, in_turn=True),
     RowSlot("compiled", _N, 256, 9, {1: 2}, short=True),
     RowSlot("compiled", _A, 512, 9, {2: 2}, short=True),
     *_ROUTES,
