@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-import torch
 
 from accelerated.experts import LayerContract, LayerOperation
 from accelerated.interface import Backend, RankContext
@@ -22,6 +21,7 @@ from conformance.engine.protocol import Mismatch
 from conformance.layer_pairs import misfit, one_term
 from conformance.rank.guard import backend_code
 from conformance.rank.guarded_layers import GuardedLayer, Together
+from conformance.rank.judge_experts import judge_equal
 from conformance.rank.layer_program import LayerProgram
 from conformance.rank.phases import SetPhase
 from conformance.rank.recorded_layer import RecordedLayer
@@ -108,48 +108,19 @@ class CrossLayerProgram:
             other = msgspec.structs.replace(other, message=f"{name}: {other.message}")
         return mine or other or self._compare(case), max(ratio, other_ratio)
 
+    def _whose(self) -> str:
+        return f"those of {self._cell.against}, whose experts are the same"
+
     def _compare(self, case: LayerCase) -> Mismatch | None:
         """The first round whose outputs have to be the same and are not."""
         mine, other = (layer.outputs for layer in self._layers)
         for index, (a_round, ours, theirs) in enumerate(zip(case.rounds, mine, other, strict=True)):
             if self._promised and one_term(case.cell, a_round):
                 rows = expand(case.cell, a_round.routing, self._rank)[self._rank]
-                mismatch = judge_equal(index, ours, theirs, rows, self._rank, self._cell.against)
+                mismatch = judge_equal("layer.equal", index, ours, theirs, rows, self._rank, self._whose())
                 if mismatch is not None:
                     return mismatch
         return None
-
-
-def judge_equal(
-    index: int, got: torch.Tensor, other: torch.Tensor, rows: tuple[tuple[int, ...], ...], rank: int, name: str
-) -> Mismatch | None:
-    """Compare two outputs ``[n, H]`` of one layer: NaN is a difference, the sign of a zero is none.
-
-    Args:
-        index: of the round.
-        got: of the cell's own backend.
-        other: of the backend ``name``.
-        rows: experts of the tokens.
-        rank: of these tokens.
-        name: see ``other``.
-    """
-    differs = ~(got == other)
-    if not bool(differs.any()):
-        return None
-    token, element = differs.nonzero()[0].tolist()
-    return Mismatch(
-        "layer.equal",
-        index,
-        f"{int(differs.sum())} of {got.numel()} elements in {int(differs.any(1).sum())} of {got.shape[0]} rows are not "
-        f"those of {name}, whose experts are the same",
-        source_rank=rank,
-        token=token,
-        element=element,
-        got=repr(float(got[token, element])),
-        wanted=repr(float(other[token, element])),
-        bound="the same bits, a zero's sign apart",
-        routed=str(list(rows[token])),
-    )
 
 
 def cross_program(

@@ -71,3 +71,42 @@ def judge_same_bits(check: str, index: int, got: torch.Tensor, wanted: torch.Ten
         wanted=str(float(wanted[token, element])),
         bound="the same bits",
     )
+
+
+def judge_equal(
+    check: str,
+    index: int,
+    got: torch.Tensor,
+    other: torch.Tensor,
+    rows: tuple[tuple[int, ...], ...],
+    rank: int,
+    whose: str,
+) -> Mismatch | None:
+    """Compare two outputs ``[n, H]`` of one layer: NaN is a difference, the sign of a zero is none.
+
+    Args:
+        check: what is said to have failed.
+        index: of the round.
+        got: the one.
+        other: the one that it has to be.
+        rows: experts of the tokens.
+        rank: of these tokens.
+        whose: ``other`` in words.
+    """
+    differs = ~(got == other)
+    if not bool(differs.any()):
+        return None
+    token, element = differs.nonzero()[0].tolist()
+    return Mismatch(
+        check,
+        index,
+        f"{int(differs.sum())} of {got.numel()} elements in {int(differs.any(1).sum())} of {got.shape[0]} rows are not "
+        f"{whose}",
+        source_rank=rank,
+        token=token,
+        element=element,
+        got=repr(float(got[token, element])),
+        wanted=repr(float(other[token, element])),
+        bound="the same bits, a zero's sign apart",
+        routed=str(list(rows[token])),
+    )

@@ -19,6 +19,7 @@ from accelerated.interface import RankContext
 from conformance.cases import LayerCase, LayerCell, Rows, expand
 from conformance.engine.protocol import Mismatch
 from conformance.layer_pairs import one_term, rows_keep_bits
+from conformance.rank.judge_experts import judge_equal
 from conformance.rank.layer_program import LayerProgram, tables_of
 from conformance.rank.phases import SetPhase
 from conformance.rank.recorded_layer import RecordedLayer
@@ -52,7 +53,8 @@ class LoadProgram:
         first = self._layer.outputs[last]
         output = self._program.again(case, last, tuple(reversed(tables_of(case)[last])), phase)
         rows = expand(case.cell, case.rounds[last].routing, self._context.rank)[self._context.rank]
-        return judge_replicas(last, output, first, rows, self._context.rank)
+        whose = "those that other replicas of the same experts gave"
+        return judge_equal("eplb.replicas", last, output, first, rows, self._context.rank, whose)
 
     def _judge_loads(self, case: LayerCase, loads: list[torch.Tensor]) -> Mismatch | None:
         cell, rank = self._cell, self._context.rank
@@ -83,29 +85,6 @@ def replicas_promised(contract: LayerContract, case: LayerCase) -> bool:
     """Whether the last round has the same bits wherever its experts lie: one term, in a buffer of one size."""
     return (
         contract.buffer_rows is not None and rows_keep_bits(contract.experts) and one_term(case.cell, case.rounds[-1])
-    )
-
-
-def judge_replicas(
-    index: int, got: torch.Tensor, first: torch.Tensor, rows: tuple[tuple[int, ...], ...], rank: int
-) -> Mismatch | None:
-    """Outputs ``[n, H]`` of the same tokens by other replicas: NaN is a difference, the sign of a zero is none."""
-    differs = ~(got == first)
-    if not bool(differs.any()):
-        return None
-    token, element = differs.nonzero()[0].tolist()
-    return Mismatch(
-        "eplb.replicas",
-        index,
-        f"{int(differs.sum())} of {got.numel()} elements are others where other replicas of the same experts computed "
-        f"them",
-        source_rank=rank,
-        token=token,
-        element=element,
-        got=repr(float(got[token, element])),
-        wanted=repr(float(first[token, element])),
-        bound="the same bits, a zero's sign apart",
-        routed=str(list(rows[token])),
     )
 
 

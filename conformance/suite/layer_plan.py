@@ -90,14 +90,14 @@ LAYERS = (
     LayerSlot("layer", {1: 2, 2: 5, 4: 3, 8: 3}),
     LayerSlot("layer", {2: 2, 4: 1, 8: 1}, mode="free-running", unquantised=False, in_turn=True),
     LayerSlot("layer", {2: 2, 4: 1, 8: 1}, placement="round_robin", unquantised=False, translated=False),
-    LayerSlot("eplb", {2: 1, 4: 1, 8: 1}, redundant=1, unquantised=False),
+    LayerSlot("eplb", {2: 1, 4: 1, 8: 1}, redundant=1, unquantised=False, in_turn=True),
     # The same routing at the least capacity and at a large one.
     LayerSlot("layer", {2: 1, 4: 1, 8: 1}, unquantised=False, in_turn=True, capacity=1),
-    LayerSlot("layer", {2: 1, 4: 1, 8: 1}, unquantised=False, in_turn=True, capacity=128),
+    LayerSlot("layer", {2: 1, 4: 1, 8: 1}, unquantised=False, in_turn=True, capacity=64),
 )
 LAYERS_SMOKE = (LayerSlot("layer", {2: 2, 4: 1}),)
 LAYERS_COMPANION = (
-    LayerSlot("layer", {1: 1, 2: 3, 4: 1, 8: 1}, unquantised=False),
+    LayerSlot("layer", {1: 1, 2: 2, 4: 1, 8: 1}, unquantised=False),
     LayerSlot("layer", {2: 2, 4: 1}, placement="round_robin", unquantised=False, translated=False),
     LayerSlot("eplb", {2: 1, 4: 1}, redundant=1, unquantised=False, in_turn=True),
 )

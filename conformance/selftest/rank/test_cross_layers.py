@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conformance.rank.cross_layer import judge_equal
+from conformance.rank.judge_experts import judge_equal
 from conformance.rank.layer_program import tables_of
 from conformance.rank.load_program import judge_load, judge_logical_load, load_of
 from conformance.selftest.rank import scenarios_cross_layers
@@ -43,7 +43,7 @@ def test_inventory_is_complete() -> None:
 )
 def test_bits_that_count(got: list[float], other: list[float], differs: bool) -> None:
     mine, theirs = (torch.tensor([values], dtype=torch.bfloat16) for values in (got, other))
-    found = judge_equal(2, mine, theirs, ((7,),), 3, "there")
+    found = judge_equal("layer.equal", 2, mine, theirs, ((7,),), 3, "there")
     assert (found is not None) == differs
     if found is not None:
         assert (found.round, found.source_rank, found.token, found.routed) == (2, 3, 0, "[7]")

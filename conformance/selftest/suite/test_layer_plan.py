@@ -65,8 +65,9 @@ def test_every_claimed_path_gets_each_property() -> None:
     assert checks == {True, False}
     plain = [c for c in found if c.kernel_type == "IntraNode/experts.bf16"]
     assert {c.check for c in plain} == {"layer", "eplb"}
-    assert {c.redundant for c in plain} == {0, 2, 4, 8}
-    # A cell without host sync at one EP size of each path, at all of them taken together.
+    # Replicas and a cell without host sync at one EP size of each path, at all of them taken together.
+    assert {c.redundant for c in found} == {0, 2, 4, 8}
+    assert len({c.world_size for c in plain if c.redundant}) == 1
     free = [c for c in found if c.mode == "free-running" and not c.router]
     assert {c.world_size for c in free} == {2, 4, 8}
     assert sum(c.kernel_type == plain[0].kernel_type and c.nodes == 1 for c in free) == 1
