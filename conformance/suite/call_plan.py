@@ -3,6 +3,8 @@
 Everything at once is far too much: kernel types, EP sizes, nodes, sizes, wires, codecs, element types, modes and
 sequences make thousands of combinations. Here every *pair* of two choices that the backend runs occurs in some cell,
 and each cell is chosen so that it brings the most new pairs with it; explore lets every pair occur in several cells.
+One choice that is unclaimed makes a whole cell unclaimed, whose failure does not gate; therefore pairs that are claimed
+come first, in claimed cells, and the others after them.
 What a pair that passes does not prove: that three choices together work.
 """
 
@@ -157,6 +159,10 @@ def call_cells(
         support = _support(backend, choice.cell(name))
         return support is not None and support.standing is not Standing.REFUSED
 
+    def claimed(choice: Choice) -> bool:
+        support = _support(backend, choice.cell(name))
+        return support is not None and support.standing is Standing.CLAIMED
+
     def ignored(choice: Choice) -> bool:
         if not choice.codec or not runs(choice):
             return False
@@ -173,7 +179,7 @@ def call_cells(
         "sequence": (*SEQUENCES, SOAK) if depth.soaks else SEQUENCES,
     }
     if depth.times:
-        chosen = covering(values, runs, depth.times, ignored)
+        chosen = covering(values, (claimed, runs), depth.times, ignored)
     else:
         plain = [Choice(kernel_type, places[0]) for kernel_type in kernel_types]
         turns = [replace(plain[number % len(plain)], wire=wire) for number, wire in enumerate(WIRES[1:])]
@@ -200,7 +206,7 @@ def pairs_of(choice: Choice, values: Mapping[str, Sequence[Any]], ignored: Calla
 
 def covering(
     values: Mapping[str, Sequence[Any]],
-    runs: Callable[[Choice], bool],
+    allowed: Sequence[Callable[[Choice], bool]],
     times: int,
     ignored: Callable[[Choice], bool] = lambda _: False,
 ) -> list[Choice]:
@@ -211,33 +217,36 @@ def covering(
 
     Args:
         values: of every field of a choice.
-        runs: whether the backend does not refuse a choice.
+        allowed: which choices may be taken: strict first, for pairs that are left over less strict.
         times: how often.
         ignored: whether the codec of a choice is left out without a word.
     """
     found: dict[Choice, None] = {}
     used: Counter[Value] = Counter()
     for _ in range(times):
-        wanted = {
+        left = {
             pair: None
             for first, second in combinations(values, 2)
             for pair in product(((first, v) for v in values[first]), ((second, v) for v in values[second]))
         }
-        while wanted:
-            pair = next(iter(wanted))
-            choice = _begun(dict(pair), values, runs, used, ignored)
-            if choice is None:
-                del wanted[pair]
-                continue
-            given = {field for field, _ in pair} | {"kernel_type"}
-            choice = _extended(choice, given, values, runs, wanted, used, ignored, found)
-            if not choice.special:
-                choice = _made_special(choice, given, values, runs, used, found)
-            brought = pairs_of(choice, values, ignored) | {pair}
-            wanted = {other: None for other in wanted if other not in brought}
-            if choice.special and choice.codec in values["codec"] and choice not in found:
-                found[choice] = None
-                used.update((field, getattr(choice, field)) for field in values)
+        for runs in allowed:
+            wanted = dict(left)
+            while wanted:
+                pair = next(iter(wanted))
+                choice = _begun(dict(pair), values, runs, used, ignored)
+                if choice is None:
+                    del wanted[pair]
+                    continue
+                given = {field for field, _ in pair} | {"kernel_type"}
+                choice = _extended(choice, given, values, runs, wanted, used, ignored, found)
+                if not choice.special:
+                    choice = _made_special(choice, given, values, runs, used, found)
+                for brought in pairs_of(choice, values, ignored) | {pair}:
+                    wanted.pop(brought, None)
+                    left.pop(brought, None)
+                if choice.special and choice.codec in values["codec"] and choice not in found:
+                    found[choice] = None
+                    used.update((field, getattr(choice, field)) for field in values)
     return list(found)
 
 
