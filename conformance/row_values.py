@@ -7,7 +7,7 @@ here, on integers, so that no device's cast decides what the input is. What thes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -84,10 +84,8 @@ def rows_of(call: Call, cell: RowCell, shape: Shape, rank: int, *, residual: boo
     """``[min(M, DISTINCT), N]`` float32 values that the element type holds exactly; row i is row ``i % DISTINCT``."""
     patterns = call.residual if residual else call.patterns
     distinct = min(call.rows, DISTINCT)
-    rows = np.zeros((distinct, cell.hidden), dtype=np.float32)
-    for index in range(distinct):
-        rows[index] = row_of(patterns[index % len(patterns)], index, shape, rank + (1 << 16 if residual else 0))
-    return rows
+    taken = [patterns[index % len(patterns)] for index in range(distinct)]
+    return _made(taken, range(distinct), shape, rank + (1 << 16 if residual else 0))
 
 
 def poison(call: Call, rows: Any) -> None:
@@ -126,13 +124,20 @@ def _drawn(call: Call, cell: RowCell) -> Values:
 
 def row_of(pattern: Pattern, index: int, shape: Shape, rank: int) -> Array:
     """One row."""
-    made = _MAKERS[pattern.kind](pattern, index, shape, rank)
-    if pattern.kind in ("subnormal", "huge", "every_code"):
-        return round_values(made, shape.dtype)
+    row: Array = _made([pattern], [index], shape, rank)[0]
+    return row
+
+
+def _made(patterns: Sequence[Pattern], indices: Sequence[int], shape: Shape, rank: int) -> Array:
+    """``[len(patterns), N]`` float32; rounded together, for that costs as much for one row as for many."""
+    made = np.empty((len(patterns), shape.hidden), dtype=np.float64)
+    for place, (pattern, index) in enumerate(zip(patterns, indices, strict=True)):
+        made[place] = _MAKERS[pattern.kind](pattern, index, shape, rank)
+    exponents = np.array([[pattern.exponent] for pattern in patterns], dtype=np.int64).reshape(-1, 1)
+    kept = np.array([[pattern.kind in _UNSCALED] for pattern in patterns], dtype=bool).reshape(-1, 1)
     with np.errstate(over="ignore"):
-        scaled = np.clip(np.ldexp(made, pattern.exponent), -_largest(shape), _largest(shape))
-    scaled = np.where(np.isfinite(made), scaled, made)
-    return round_values(scaled, shape.dtype)
+        scaled = np.clip(np.ldexp(made, exponents), -_largest(shape), _largest(shape))
+    return round_values(np.where(kept | ~np.isfinite(made), made, scaled), shape.dtype)
 
 
 def round_values(values: npt.NDArray[np.floating], dtype: str) -> Array:
@@ -255,6 +260,8 @@ def _every_code(pattern: Pattern, index: int, shape: Shape, rank: int) -> Values
     return np.where(np.isfinite(values), values, 0.0)
 
 
+#: Kinds of rows that no exponent scales.
+_UNSCALED = ("subnormal", "huge", "every_code")
 _MAKERS: dict[str, Callable[[Pattern, int, Shape, int], Values]] = {
     "zero": lambda p, i, s, r: np.zeros(s.hidden),
     "one_hot": _one_hot,

@@ -323,10 +323,14 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 def _digest(tensor: torch.Tensor) -> torch.Tensor:
     """A number that depends on every byte and its place: int64 arithmetic wraps around, the same everywhere.
 
-    Every (place, byte) is mixed by itself before the sum, so that changes that cancel are no likelier than chance.
+    Every (place, word of eight bytes) is mixed by itself before the sum, so that changes that cancel are no likelier
+    than chance.
     """
-    held = _bytes(tensor).long()
-    mixed = held + (torch.arange(held.numel(), device=held.device) << 8) + 1
+    held = _bytes(tensor)
+    size = held.numel()
+    words = torch.nn.functional.pad(held, (0, -size % 8)).view(torch.int64)
+    # Equal words at different places must differ before they are mixed; an odd factor loses nothing.
+    mixed = words ^ (torch.arange(1, words.numel() + 1, device=held.device) * -0x61C8864680B583EB)
     for shift, factor in ((31, 0x7FB5D329728EA185), (27, 0x1DADEF4BC2DD44D), (33, 1)):
         mixed = (mixed ^ (mixed >> shift)) * factor
-    return mixed.sum() + held.numel()
+    return mixed.sum() + size
