@@ -70,7 +70,7 @@ class Cell(msgspec.Struct, frozen=True, order=True, tag="exchange"):
     mode: Mode
     placement: Placement = "linear"
     model: str = ""  # name of the model shape the geometry comes from, "" for a synthetic one
-    wire: str = ""  # format in which dispatch carries rows, "" for ``dtype``, which combine has in any case
+    wire: str = ""  # format in which dispatch carries rows, "" for ``dtype``, which combine returns in any case
     codec: str = ""  # format in which combine carries rows between ranks
     scale_dim: int = 0  # blocks of a row of that format
     modes: tuple[str, ...] = ()  # how calls are made, of :data:`reference.problem.MODES`

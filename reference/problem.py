@@ -122,8 +122,8 @@ class Problem:
         capacity: M, most tokens one rank may dispatch in one call.
         dtype: element type of the activations, a key of :data:`ELEMENT_BYTES`.
         nodes: N, nodes the ranks are spread over; ``world_size // nodes`` consecutive ranks share a node.
-        wire: quantised format in which dispatch carries rows, a key of :data:`WIRES`, or "" for the element type;
-            combine carries the element type in any case.
+        wire: quantised format in which dispatch carries rows, as :func:`wire_format` takes it, or "" for the element
+            type; combine returns the element type in any case.
         codec: format in which combine carries rows between ranks, one of :data:`COMBINE_CODECS`, or "" for the element
             type.
         scale_dim: S, blocks of a row for the blockwise codecs (MoRI's ``MORI_FP8_COMBINE_SCALE_DIM``); 0 without one.

@@ -332,5 +332,6 @@ def _digest(tensor: torch.Tensor) -> torch.Tensor:
     # Equal words at different places must differ before they are mixed; an odd factor loses nothing.
     mixed = words ^ (torch.arange(1, words.numel() + 1, device=held.device) * -0x61C8864680B583EB)
     for shift, factor in ((31, 0x7FB5D329728EA185), (27, 0x1DADEF4BC2DD44D), (33, 1)):
-        mixed = (mixed ^ (mixed >> shift)) * factor
+        # Without the mask the sign fills up, and a word would mix with its complement to the same.
+        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return mixed.sum() + size

@@ -84,3 +84,13 @@ def test_digests_of_changes_that_cancel_differ() -> None:
         digests.add(int(_digest(changed)))
     assert len(digests) > 1990, "changes whose sum is zero keep the digest"
     assert _digest(torch.zeros(3, dtype=torch.uint8)) != _digest(torch.zeros(4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64])
+def test_digests_tell_a_word_from_its_complement(dtype: torch.dtype) -> None:
+    row = torch.randint(0, 256, (96,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    for word in range(0, 96, 8):
+        changed = row.clone()
+        changed[word : word + 8] ^= 0xFF
+        assert _digest(row.view(dtype)) != _digest(changed.view(dtype))
+    assert _digest(torch.zeros(96, dtype=torch.uint8)) != _digest(torch.full((96,), 0xFF, dtype=torch.uint8))
