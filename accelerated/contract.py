@@ -64,6 +64,23 @@ class Support:
 
 
 @dataclass(frozen=True)
+class CombineKernels:
+    """Which of its kernels combine launches, by the length of its rows.
+
+    Attributes:
+        generic: name of the kernel for any length.
+        fast: (row length, name) of every length that has a kernel of its own.
+    """
+
+    generic: str
+    fast: tuple[tuple[int, str], ...] = ()
+
+    def of(self, hidden: int) -> str:
+        """Name of the kernel for rows of ``hidden`` elements."""
+        return dict(self.fast).get(hidden, self.generic)
+
+
+@dataclass(frozen=True)
 class Contract:
     """Declared behaviour of one (backend, kernel type, problem).
 
@@ -77,12 +94,14 @@ class Contract:
         node_levels: True if partial sums are rounded per node and summed again over nodes in ascending node id.
         combines_weights: True if finalize also returns the unweighted sum of the weight rows.
         source_map: True if the backend reports (source rank, token) of every received row.
-        exact_rows: True if received tensors end with their last valid row; else they have W·capacity rows, valid or
-            not.
+        exact_rows: True if received tensors end with their last valid row; else they have as many as can be received,
+            valid or not: W·capacity, with a cap the problem's ``most_rows``.
         codec: what combine does to the rows that it carries; None if nothing.
         ignored_codec: what a problem asks combine to do, and it leaves out without a word; None otherwise.
         narrow_rows: True if a call may have rows shorter than the problem's hidden size.
         idle_ranks: True if a rank may take part in a call without a token of its own.
+        kernels: of combine, where the backend may tell which it launched (``Combined.kernel``); None where there is no
+            choice, or nothing is known of it.
     """
 
     receive_layout: ReceiveLayout
@@ -98,6 +117,7 @@ class Contract:
     ignored_codec: CombineCodec | None = None
     narrow_rows: bool = False
     idle_ranks: bool = True
+    kernels: CombineKernels | None = None
 
     def __post_init__(self) -> None:
         if self.fold not in ("first", "last"):

@@ -80,10 +80,14 @@ class Received:
 
 @dataclass
 class Combined:
-    """What finalize returns. ``output`` ``[n, H]`` and ``weights`` ``[n, k]`` float32 or None; may be views."""
+    """What finalize returns. ``output`` ``[n, H]`` and ``weights`` ``[n, k]`` float32 or None; may be views.
+
+    ``kernel`` is the name of the kernel that was launched, where the library tells it; "" where it does not.
+    """
 
     output: torch.Tensor
     weights: torch.Tensor | None
+    kernel: str = ""
 
 
 class Operation(Protocol):

@@ -35,6 +35,8 @@ from conformance.engine.world_protocol import (
     Compiled,
     Died,
     End,
+    Examine,
+    Examined,
     Heard,
     Hello,
     Look,
@@ -126,6 +128,8 @@ def serve(driver: Connection, parent: int) -> int:
                 rank = _handled(driver, message, rank)
             elif isinstance(message, Compile):
                 send(driver, Compiled(compile_kernels(message.kernel_types)))
+            elif isinstance(message, Examine):
+                send(driver, examine(message))
             else:
                 return 0
     except (EOFError, OSError) as error:
@@ -155,6 +159,17 @@ def compile_kernels(kernel_types: Sequence[str]) -> str:
     command = [sys.executable, "-m", "accelerated.mori_ep.warmup", *kernel_types]
     done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     return " | ".join(done.stderr.strip().splitlines()[-4:]) if done.returncode else ""
+
+
+def examine(request: Examine) -> Examined:
+    """What this host is, asked of a process of its own, which opens the devices as a rank would."""
+    command = [sys.executable, "-m", "conformance.suite.host", msgspec.json.encode(request).decode()]
+    # Its search path is that of the ranks.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        return Examined(error=" | ".join(done.stderr.strip().splitlines()[-4:]) or f"exit {done.returncode}")
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=Examined)
 
 
 def call(address: str, token: bytes, hello: Hello, limit_s: float) -> Connection:

@@ -70,8 +70,9 @@ def validate(case: Case) -> None:
         counts = routing_counts(a_round.routing)
         if len(counts) != cell.world_size:
             raise CaseError(f"round {index} routes {len(counts)} ranks; the cell has {cell.world_size}")
-        if max(counts) > cell.capacity or min(counts) < 0:
-            raise CaseError(f"round {index} has {max(counts)} tokens on a rank; the capacity is {cell.capacity}")
+        if max(counts) > cell.most_tokens or min(counts) < 0:
+            limit = "the capacity" if cell.most_tokens == cell.capacity else "half of the capacity, the cap,"
+            raise CaseError(f"round {index} has {max(counts)} tokens on a rank; {limit} is {cell.most_tokens}")
         if a_round.delays_ms and len(a_round.delays_ms) != cell.world_size:
             raise CaseError(f"round {index} has {len(a_round.delays_ms)} delays; give one per rank or none")
         if a_round.hidden and a_round.hidden not in narrow_sizes(cell):

@@ -17,7 +17,7 @@ from accelerated.experts import SEPARATOR, ExpertProblem, LayerProblem
 from accelerated.operators import Family, RowProblem
 from conformance.recipes import explicit_rows
 from conformance.row_cases import Mode, RowCase, RowCell
-from reference.problem import Problem, wire_format
+from reference.problem import Problem, most_tokens, wire_format
 
 #: Elements of a round: small integers, normal ones, those over 40 binades, random bit patterns, or what a combine codec
 #: treats differently: saturation, ties, subnormals, blocks of zeros and blocks at both sides of the largest code.
@@ -90,6 +90,11 @@ class Cell(msgspec.Struct, frozen=True, order=True, tag="exchange"):
             scale_dim=self.scale_dim,
             modes=self.modes,
         )
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that a rank may dispatch in one round: the capacity, or what a cap leaves of it."""
+        return most_tokens(self.capacity, self.modes)
 
     @property
     def special(self) -> bool:

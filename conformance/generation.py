@@ -91,7 +91,7 @@ def rounds(
     """One round of one of the named archetypes, of what the contract of a dispatch/combine takes."""
     archetype = draw(st.sampled_from(names))
     parameter = draw(st.integers(0, cell.experts - 1))
-    counts = draw(token_counts(cell.world_size, cell.capacity))
+    counts = draw(token_counts(cell.world_size, cell.most_tokens))
     if contract is not None and not contract.idle_ranks:
         counts = tuple(max(1, count) for count in counts)
     routing: Explicit | Recipe

@@ -55,7 +55,7 @@ COMBINE_CODECS: tuple[str, ...] = ("fp8_direct_cast", "fp8_blockwise", "fp4_bloc
 
 #: Ways of calling a dispatch and combine: expert rows are written into a buffer that the backend registered; no weights
 #: are dispatched; a second dispatch repeats the first one's routing from a handle; received slots are counted per local
-#: expert; the receive capacity is configured, as the least that holds every routing or above that.
+#: expert; the receive capacity is configured, for half of the tokens (:func:`most_tokens`) or above what is needed.
 MODES: tuple[str, ...] = ("zero-copy", "weightless", "handle", "expert count", "capped", "capped above")
 
 
@@ -74,6 +74,13 @@ def wire_format(name: str) -> Wire:
 
 class ProblemError(ValueError):
     """A size of a problem is out of its range. The message names the value, the limit and the fix."""
+
+
+def most_tokens(capacity: int, modes: tuple[str, ...]) -> int:
+    """Tokens that a rank may dispatch in one call: M, or ceil(M / 2) in the mode ``capped``, where no rank has room
+    for more from each of its sources.
+    """
+    return -(-capacity // 2) if "capped" in modes else capacity
 
 
 def block_width(hidden: int, blocks: int) -> int:
@@ -119,7 +126,7 @@ class Problem:
         experts: E, global number of experts; a multiple of ``world_size`` because MoRI derives the owner of expert e
             as ``e // (E // W)`` (MoRI 624002c8, intranode.hpp:128).
         top_k: k, experts a token is routed to.
-        capacity: M, most tokens one rank may dispatch in one call.
+        capacity: M, most tokens one rank may dispatch in one call; with a cap :attr:`most_tokens`.
         dtype: element type of the activations, a key of :data:`ELEMENT_BYTES`.
         nodes: N, nodes the ranks are spread over; ``world_size // nodes`` consecutive ranks share a node.
         wire: quantised format in which dispatch carries rows, as :func:`wire_format` takes it, or "" for the element
@@ -188,6 +195,16 @@ class Problem:
     def ranks_per_node(self) -> int:
         """Consecutive ranks that share a node (MoRI's ``gpu_per_node``)."""
         return self.world_size // self.nodes
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens that a rank may dispatch in one call."""
+        return most_tokens(self.capacity, self.modes)
+
+    @property
+    def most_rows(self) -> int:
+        """R, most rows that a rank can receive: each source's tokens once."""
+        return self.world_size * self.most_tokens
 
     @property
     def element_bytes(self) -> int:

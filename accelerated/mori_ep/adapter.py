@@ -180,13 +180,17 @@ class MoriOperation:
         self._session = session
         self._op = op
         self._problem, self._wire_dtype = problem, wire_dtype
-        self._capacity = problem.capacity
+        self._capacity = problem.most_tokens
         self._hidden, self._element_bytes = problem.hidden, problem.element_bytes
         self._dtype: torch.dtype = getattr(torch, problem.dtype)
         self._top_k = problem.top_k
         # AsyncLL's calls only queue the send; everything they return is valid after the matching receive.
         self._split = kernel_type == "AsyncLL"
-        # The legacy kernel encodes (rank, token) with another stride (dispatch_combine.py, get_dispatch_src_token_pos).
+        # The library's own name of what combine launched; it knows one for blockwise codecs within a node only.
+        self._names_kernel = problem.codec.endswith("blockwise") and kernel_type in INTRA_NODE_TYPES
+        # The legacy kernel encodes (rank, token) with another stride (dispatch_combine.py, get_dispatch_src_token_pos),
+        # and with a cap the library takes it for another than it is.
+        self._mapped = not (kernel_type == "InterNode" and "capped" in problem.modes)
         self._stride = problem.capacity if kernel_type == "InterNode" else problem.world_size * problem.capacity
         self._modes = problem.modes
         self._round: _Round | None = None
@@ -201,8 +205,8 @@ class MoriOperation:
         rows as for whole ones; both come back in the types given.
 
         Returns:
-            Capacity-sized views ``[W·M, ...]`` of the operator's buffers, overwritten by the next round, and a private
-            copy of the row count: combine clears the library's counter (AsyncLL excepted).
+            Views ``[R, ...]`` of the operator's buffers, R the problem's ``most_rows``, overwritten by the next round,
+            and a private copy of the row count: combine clears the library's counter (AsyncLL excepted).
 
         Raises:
             RuntimeError: the round before is not finalised (MoRI would add up its counters), or it is closed.
@@ -261,7 +265,7 @@ class MoriOperation:
             ids=ids_received,
             weights=weights_received,
             count=total.clone(),
-            source_map=current.source_map,
+            source_map=current.source_map if self._mapped else None,
             state=current,
             scales=scales_received,
             expert_count=op.local_expert_count if counted else None,
@@ -331,7 +335,8 @@ class MoriOperation:
             op.combine_recv()
         self._round = None
         tokens = current.tokens
-        return Combined(output[:tokens], None if self._split or weights is None else weights[:tokens])
+        kernel = str(getattr(op, "_last_combine_kernel_name", "")) if self._names_kernel else ""
+        return Combined(output[:tokens], None if self._split or weights is None else weights[:tokens], kernel)
 
     def _check_width(self, rows: torch.Tensor) -> None:
         if rows.shape[1] > self._hidden or rows.element_size() > self._element_bytes:

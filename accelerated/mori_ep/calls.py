@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from accelerated import wires
+from accelerated.contract import CombineKernels
 from accelerated.mori_ep.kernel_types import INTRA_NODE_TYPES, NODE_LEVEL_TYPES
 from reference.catalogue import Architecture
 from reference.combine_numerics import CombineCodec, combine_codec
@@ -28,6 +29,11 @@ WEIGHTED_TYPES = (*NODE_LEVEL_TYPES, "AsyncLL")
 #: The only block width of AsyncLL's fast dequantisation, and the numbers of slots it has kernels for
 #: (low_latency_async.cpp:620).
 _ASYNC_FAST_WIDTH, _ASYNC_FAST_SLOTS = 128, (8, 9)
+#: What the fast kernels of the intra-node types are for (combine): numbers of slots, block widths, a divisor of the
+#: row, and more ranks than this, without weights.
+_FAST_SLOTS, _FAST_WIDTHS, _FAST_ROW, _FEW_RANKS = (8, 9), (128, 256), 512, 4
+#: AsyncLL adds up eight elements at once (low_latency_async.cpp:620).
+_VECTOR = 8
 
 
 def codec(problem: Problem, kernel_type: str, arch: Architecture) -> CombineCodec | None:
@@ -51,16 +57,45 @@ def ignored(problem: Problem, kernel_type: str) -> str:
     return ""
 
 
-def receive_cap(problem: Problem) -> int:
-    """``max_total_recv_tokens``: 0 for none, the least that leaves room for every routing, or twice that.
+def fast_rows(problem: Problem, kernel_type: str) -> tuple[int, ...]:
+    """Row lengths up to H at which a blockwise combine adds up in vectors rather than element by element."""
+    if kernel_type not in BLOCKWISE_TYPES.get(problem.codec, ()):
+        return ()
+    hidden, blocks = problem.hidden, problem.scale_dim
+    if kernel_type == "AsyncLL":
+        # The one kernel type that rounds the width down, and that looks neither at the weights nor at W.
+        fits = problem.top_k in _ASYNC_FAST_SLOTS
+        return tuple(h for h in range(_VECTOR, hidden + 1, _VECTOR) if fits and h // blocks == _ASYNC_FAST_WIDTH)
+    if problem.top_k not in _FAST_SLOTS or problem.world_size <= _FEW_RANKS or "weightless" not in problem.modes:
+        return ()
+    return tuple(h for h in range(_FAST_ROW, hidden + 1, _FAST_ROW) if block_width(h, blocks) in _FAST_WIDTHS)
 
-    A rank may receive W·M rows; the library divides the cap by W, rounds up and clamps it to M
-    (dispatch_combine.hpp:160), so that W (M - 1) + 1 means W·M as well.
+
+def kernels(problem: Problem, kernel_type: str) -> CombineKernels | None:
+    """Kernels among which combine chooses by the length of its rows, where the library says which it took (combine)."""
+    if kernel_type not in INTRA_NODE_TYPES or problem.codec not in BLOCKWISE_TYPES:
+        return None
+    generic = f"EpCombineIntraNodeKernel_bf16_nop2p_{problem.codec}"
+    nine = "_top9" if problem.top_k == 9 else ""
+    return CombineKernels(
+        generic,
+        tuple(
+            (row, f"{generic}_noweight_block{block_width(row, problem.scale_dim)}_vec8{nine}")
+            for row in fast_rows(problem, kernel_type)
+        ),
+    )
+
+
+def receive_cap(problem: Problem) -> int:
+    """``max_total_recv_tokens``: 0 for none, the least that means room for half of the tokens, or twice W·M.
+
+    The library divides the cap by W, rounds up and clamps it to M (dispatch_combine.hpp:160): W (c - 1) + 1 gives
+    R = W·c rows, which W ranks with at most c = ceil(M / 2) tokens each cannot exceed. More than W·M is W·M.
     """
     if "capped above" in problem.modes:
         return 2 * problem.world_size * problem.capacity
     if "capped" in problem.modes:
-        return problem.world_size * (problem.capacity - 1) + 1
+        return problem.world_size * (problem.most_tokens - 1) + 1
     return 0
 
 
@@ -91,6 +126,11 @@ def refusals(problem: Problem, kernel_type: str, arch: Architecture) -> Iterator
         )
     if "capped" in modes and "capped above" in modes:
         yield "capped: an operator has one max_total_recv_tokens; choose capped or capped above"
+    if "capped" in modes and kernel_type in INTRA_NODE_TYPES and "zero-copy" not in modes:
+        yield (
+            f"capped: {kernel_type} stages the rows of combine at (rank, token) of all W·M, in memory for the R of the "
+            "cap, and writes past its end (dispatch_combine.cpp:302); use zero-copy, which stages none"
+        )
 
 
 def _codec_refusals(problem: Problem, kernel_type: str, arch: Architecture) -> Iterator[str]:
@@ -144,3 +184,5 @@ def unclaimed(problem: Problem, kernel_type: str, arch: Architecture) -> Iterato
         yield "weightless: upstream never leaves out the weights on the legacy InterNode"
     if "handle" in problem.modes and problem.wire:
         yield "handle: upstream replays rows in the element type only"
+    if "capped" in problem.modes:
+        yield "capped: upstream tests caps from W·M on, which change nothing"

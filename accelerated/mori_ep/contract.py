@@ -111,9 +111,13 @@ def contract(problem: Problem, kernel_type: str, arch: str) -> Contract:
         combines_weights=kernel_type != "AsyncLL" and "weightless" not in problem.modes,
         codec=None if calls.ignored(problem, kernel_type) else calls.codec(problem, kernel_type, target),
         ignored_codec=calls.codec(problem, kernel_type, target) if calls.ignored(problem, kernel_type) else None,
+        # With a cap, the library decodes the legacy map with another stride than its kernel has written it with
+        # (dispatch_combine.py, get_dispatch_src_token_pos).
+        source_map=not (kernel_type == "InterNode" and "capped" in problem.modes),
         narrow_rows=True,
         # A rank without tokens has a routing handle that nothing can be replayed from (dispatch_combine.py, routing).
         idle_ranks="handle" not in problem.modes,
+        kernels=calls.kernels(problem, kernel_type),
     )
 
 

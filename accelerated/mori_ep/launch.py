@@ -146,7 +146,7 @@ def heap_bytes(problem: Problem, kernel_type: str) -> int:
     """Symmetric bytes that one operator takes on each rank (MoRI 624002c8, dispatch_combine.cpp:302-557).
 
     Args:
-        problem: sizes; W·M rows is the receive capacity R.
+        problem: sizes; W·M rows is the receive capacity R, which a cap can only lower.
         kernel_type: one of the six.
     """
     tokens, nodes = problem.capacity, problem.nodes

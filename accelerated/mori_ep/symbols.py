@@ -1,11 +1,12 @@
-"""Table of what this package uses of MoRI: ``python -m accelerated.mori_ep.symbols [--source CHECKOUT]``.
+"""Table of what this package uses of MoRI: ``python -m accelerated.mori_ep.symbols [--source CHECKOUT] [--installed]``.
 
 Scope: every name of the library that the package's code touches, every argument it gives, every result it takes,
 environment variables, and the source lines that its texts cite. They are collected from the syntax trees
 (:mod:`accelerated.mori_ep.uses`) and joined with ``fixtures/signatures/mori_symbols.json``, which says where in MoRI's
 source each was verified, and with the recorded signatures in ``mori.json``. A use without a place, a place without a
 use, and an argument that the signature has not are errors. With a checkout, every recorded line is looked up and has to
-name what it is the place of; at another version that lists what moved.
+name what it is the place of; at another version that lists what moved. With ``--installed`` the installed library is
+imported and its signatures are compared with the recorded ones.
 
 What a complete table does not prove: that the library does with an argument what the note beside its place says.
 """
@@ -13,6 +14,7 @@ What a complete table does not prove: that the library does with an argument wha
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -20,7 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerated.mori_ep.library import LibraryError, load_mori
 from accelerated.mori_ep.uses import Use, collect
+from accelerated.standin.manifest import differences
 
 PACKAGE = Path(__file__).resolve().parent
 FIXTURES = PACKAGE.parents[1] / "fixtures" / "signatures"
@@ -102,6 +106,22 @@ def moved(places: Mapping[str, Any], checkout: Path) -> list[str]:
     return found
 
 
+def differing(signatures: Mapping[str, Any]) -> list[str]:
+    """What differs between the recorded signatures and the installed MoRI, which is imported; one line each."""
+    try:
+        load_mori()
+    except LibraryError as error:
+        return [str(error)]
+    names = {name.partition(":")[0] for part in ("functions", "dataclasses", "enums") for name in signatures[part]}
+    found, modules = [], {}
+    for name in sorted(names):
+        try:
+            modules[name] = importlib.import_module(name)
+        except Exception as error:  # noqa: BLE001  whatever a build raises is what differs
+            found.append(f"{name} does not import: {type(error).__name__}: {error}")
+    return [f"installed: {line}" for line in found + differences(modules)]
+
+
 def table(uses: Sequence[Use], places: Mapping[str, Any]) -> str:
     """Markdown: symbol or argument, where the package uses it, where it was verified, and what was found there."""
     rows: dict[tuple[str, str], list[str]] = {}
@@ -120,9 +140,10 @@ def table(uses: Sequence[Use], places: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 if it is not complete, or a line is not where it was recorded."""
+    """Print the table; 1 if it is not complete, a line is not where it was recorded, or a signature differs."""
     parser = argparse.ArgumentParser(prog="python -m accelerated.mori_ep.symbols", description=__doc__)
     parser.add_argument("--source", type=Path, help="checkout of MoRI in which to look the recorded lines up")
+    parser.add_argument("--installed", action="store_true", help="compare the installed MoRI's signatures")
     given = parser.parse_args(arguments)
     places, signatures = load("mori_symbols"), load("mori")
     uses = collect(sources(), parameters(signatures, places))
@@ -130,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not found:
         print(table(uses, places))
         found = moved(places, given.source) if given.source else []
+        found += differing(signatures) if given.installed else []
     for line in found:
         print(line, file=sys.stderr)
     return 1 if found else 0

@@ -31,11 +31,13 @@ ROOTS = {
 PARTS = {"ops": "mori.ops", "shmem": "mori.shmem", "detect_gpu_arch": "mori.jit.config:detect_gpu_arch"}
 #: Classes whose instances are followed, by what makes them.
 _MADE = {OPERATOR: OPERATOR}
-#: Methods whose result is a tuple, so that what is taken from it is a use by position.
+#: Methods whose result is a tuple, so that what is taken from it is a use by position. The result, or what is left of
+#: it from a position on, is followed as ``symbol[position:]``.
 _TUPLES = (f"{OPERATOR}.dispatch", f"{OPERATOR}.combine")
 
 _VARIABLE = re.compile(r"MORI_[A-Z0-9_]+")
 _FILE = re.compile(r"libmori_\w+\.so|amd[_-]mori[\w-]*")
+_RESULT = re.compile(r"(.+)\[(\d+):\]")
 _CITATION = re.compile(r"(?<![\w/.])([\w/]+\.(?:py|hpp|cpp|hip)):(\d+(?:(?:[,-]|\s+and\s+)\d+)*)")
 
 
@@ -134,19 +136,32 @@ class _Reader:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             if any(name.partition(".")[0] == "mori" for name in names):
                 raise self._unclear(node, "imports MoRI", "import it with importlib, as library.py does")
-        elif isinstance(node, ast.FunctionDef):
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            self._signature(node)
             outer = self._names, self._keys
             self._names, self._keys = dict(self._names), {}
             self.block(node.body)
             self._names, self._keys = outer
         elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
             self._assign(node.targets if isinstance(node, ast.Assign) else [node.target], node.value)
+        elif isinstance(node, ast.Expr):
+            self._value(node.value)  # dropped, so it goes nowhere
         elif isinstance(node, (ast.If, ast.While)):
             self._value(node.test)
             self.block([*node.body, *node.orelse])
         else:
             for child in ast.iter_child_nodes(node):
                 self._child(child)
+
+    def _signature(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        """Decorators, which are called, and defaults, which go to their parameters."""
+        for decorator in node.decorator_list:
+            self._value(decorator)
+        places, named = [*node.args.posonlyargs, *node.args.args], node.args.kwonlyargs
+        defaults = zip(places[len(places) - len(node.args.defaults) :], node.args.defaults, strict=True)
+        for parameter, default in (*defaults, *zip(named, node.args.kw_defaults, strict=True)):
+            if default is not None:
+                self._no_escape(default, ROOTS.get(parameter.arg, ""))
 
     def _child(self, node: ast.AST) -> None:
         if isinstance(node, ast.stmt):
@@ -173,16 +188,30 @@ class _Reader:
                 if kind and ROOTS.get(str(target.slice.value)) != kind:
                     raise self._unclear(value, f"puts {kind} under {target.slice.value!r}", "use a name of ROOTS")
             elif isinstance(target, ast.Tuple):
-                self._take(target, value)
+                self._take(target, kind)
             elif kind and ROOTS.get(name) != kind:
                 raise self._unclear(value, f"stores {kind} as {name or 'something'}", "use a name of ROOTS")
 
-    def _take(self, target: ast.Tuple, value: ast.expr) -> None:
-        """Results of a call, taken apart."""
-        called = self._peek(value.func) if isinstance(value, ast.Call) else ""
-        if called in _TUPLES:
-            for index, _ in enumerate(target.elts):
-                self._use(called, target, f"[{index}]")
+    def _take(self, target: ast.Tuple, kind: str) -> None:
+        """Names for parts of a value; of a result, each is a use by position, and the rest may be taken last."""
+        result = _RESULT.fullmatch(kind)
+        if kind and not result:
+            raise self._unclear(target, f"takes {kind} apart", "use it where it is")
+        for index, part in enumerate(target.elts):
+            starred = isinstance(part, ast.Starred)
+            named = part.value if isinstance(part, ast.Starred) else part
+            if isinstance(named, ast.Name):
+                self._names.pop(named.id, None)
+                self._keys.pop(named.id, None)
+            if result is None:
+                continue
+            position = int(result[2]) + index
+            if not starred:
+                self._use(result[1], target, f"[{position}]")
+            elif index + 1 < len(target.elts) or not isinstance(named, ast.Name):
+                raise self._unclear(target, f"takes the middle of {kind}", "name each, or the last ones as a rest")
+            else:
+                self._names[named.id] = f"{result[1]}[{position}:]"
 
     def _no_escape(self, node: ast.expr, allowed: str = "") -> str:
         """Read an expression whose value must be no library object but one of the kind ``allowed``."""
@@ -202,6 +231,8 @@ class _Reader:
             return self._attribute(self._value(node.value), node.attr, node)
         if isinstance(node, ast.Call):
             return self._call(node)
+        if isinstance(node, ast.Subscript):
+            return self._item(node)
         if isinstance(node, ast.IfExp):
             self._value(node.test)
             kinds = [self._value(node.body), self._value(node.orelse)]
@@ -218,6 +249,17 @@ class _Reader:
             return ""
         for child in ast.iter_child_nodes(node):
             self._child(child)
+        return ""
+
+    def _item(self, node: ast.Subscript) -> str:
+        """Read what is taken by an index: of a result, that position."""
+        kind = self._value(node.value)
+        result = _RESULT.fullmatch(kind)
+        self._no_escape(node.slice)
+        if result and isinstance(node.slice, ast.Constant) and type(node.slice.value) is int:
+            self._use(result[1], node, f"[{int(result[2]) + node.slice.value}]")
+        elif kind:
+            raise self._unclear(node, f"takes something of {kind}", "take each result by its position")
         return ""
 
     def _constant(self, node: ast.Constant) -> None:
@@ -242,6 +284,8 @@ class _Reader:
         return ROOTS.get(name, "")
 
     def _attribute(self, owner: str, name: str, node: ast.expr) -> str:
+        if _RESULT.fullmatch(owner):
+            raise self._unclear(node, f"takes {name} of {owner}", "take each result by its position")
         symbol = self._member(owner, name)
         if owner and ":" in symbol:
             self._use(symbol, node)
@@ -270,7 +314,7 @@ class _Reader:
         self.uses.extend(self._arguments(node, symbol))
         for value in (*node.args, *(keyword.value for keyword in node.keywords)):
             self._no_escape(value, HANDLE)
-        return _MADE.get(symbol, "")
+        return f"{symbol}[0:]" if symbol in _TUPLES else _MADE.get(symbol, "")
 
     def _foreign(self, node: ast.Call, name: str) -> str:
         """A call of something that is not the library's: a library object may go to a parameter of ROOTS only."""

@@ -42,8 +42,11 @@ def differences(modules: Mapping[str, ModuleType], library: str = "mori") -> lis
             target = _resolve(modules, name)
             if target is _ABSENT:
                 found.append(f"{name}: missing")
-            else:
+                continue
+            try:
                 found.extend(f"{name}: {line}" for line in compare(target, recorded))
+            except (TypeError, ValueError) as error:
+                found.append(f"{name}: is no longer one of the {section} ({error})")
     return found
 
 

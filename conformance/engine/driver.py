@@ -48,6 +48,7 @@ class Outcome:
     stacks: dict[int, str] = field(default_factory=dict, hash=False)
     phases: dict[int, str] = field(default_factory=dict, hash=False)
     seconds: float = 0.0
+    kernels: tuple[str, ...] = ()  # that the backend says it launched
 
     @property
     def key(self) -> tuple[Verdict, str]:
@@ -280,9 +281,22 @@ def _outcome_of(reply: Reply, stage: str, seconds: float = 0.0) -> Outcome:
         if others:
             text += f"\nalso failing: ranks {', '.join(map(str, others))}"
         return Outcome(
-            Verdict.FAIL, first.mismatch.check, first.rank, first.ratio, first.mismatch, text, seconds=seconds
+            Verdict.FAIL,
+            first.mismatch.check,
+            first.rank,
+            first.ratio,
+            first.mismatch,
+            text,
+            seconds=seconds,
+            kernels=_kernels(reply),
         )
-    return Outcome(Verdict.PASS, ratio=max((a.ratio for a in reply.answers.values()), default=0.0), seconds=seconds)
+    ratio = max((a.ratio for a in reply.answers.values()), default=0.0)
+    return Outcome(Verdict.PASS, ratio=ratio, seconds=seconds, kernels=_kernels(reply))
+
+
+def _kernels(reply: Reply) -> tuple[str, ...]:
+    """Every kernel that a rank named, once."""
+    return tuple(sorted({name for answer in reply.answers.values() for name in answer.kernels}))
 
 
 #: Checks of one dispatch and combine, or of its replay.
@@ -296,9 +310,11 @@ _OF_A_ROUND = (
     "dispatch.expert_count",
     "dispatch.source_map",
     "dispatch.order",
+    "dispatch.room",
     "combine.codec",
     "combine.output",
     "combine.weights",
+    "combine.kernel",
 )
 #: Every check, in the order of the data flow: the first one that fails explains the later ones.
 CHECKS = (

@@ -122,8 +122,16 @@ class Ranks(ABC):
         self._sequence += 1
         self._send(pack(Stop(self._sequence)))
         reply = self._collect(self._sequence, limit_s)
-        self.kill()
+        self._reap()
         return reply
+
+    def _reap(self) -> None:
+        """End what still runs of ranks that were told to finalise.
+
+        Raises:
+            TimeoutError: a rank does not die.
+        """
+        self.kill()
 
     @abstractmethod
     def kill(self) -> None:

@@ -106,6 +106,7 @@ class Answer(msgspec.Struct):
     text: str = ""
     kind: str = ""  # exception type of "raised" and "harness"
     phase: str = ""
+    kernels: tuple[str, ...] = ()  # that the backend says it launched
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -252,6 +252,6 @@ def _full_rank(case: Case) -> tuple[int, int] | None:
     """A (round, rank) with as many tokens as the operator holds."""
     for index, counts in enumerate(case.token_counts()):
         for rank, count in enumerate(counts):
-            if count == case.cell.capacity:
+            if count == case.cell.most_tokens:
                 return index, rank
     return None

@@ -15,6 +15,7 @@ import msgspec
 from conformance.cases import Case, Cell, Explicit, LayerCase, Round, Rows, Values, expand, row_step
 from conformance.engine import layer_steps
 from conformance.rank.routing import wire_rows
+from reference.problem import most_tokens
 
 Row = tuple[int, ...]
 
@@ -198,7 +199,7 @@ def _moved(case: Case, low: int, high: int, rounds: tuple[int, ...]) -> Iterator
     rows = [list(rows_of(a_round)) for a_round in case.rounds]
     for index in rounds:
         rows[index][low], rows[index][high] = rows[index][low] + rows[index][high], ()
-        if len(rows[index][low]) > case.cell.capacity:
+        if len(rows[index][low]) > case.cell.most_tokens:
             return
     yield with_all_rows(case, rows)
 
@@ -334,7 +335,8 @@ def lower_capacity(case: Case) -> Iterator[Case]:
     """A smaller operator and no more tokens than it holds, smallest first."""
     capacity = 1
     while capacity < case.cell.capacity:
-        yield with_cell(map_tokens(case, lambda i, r, tokens, c=capacity: tokens[:c]), capacity=capacity)  # type: ignore[misc]
+        most = most_tokens(capacity, case.cell.modes)
+        yield with_cell(map_tokens(case, lambda i, r, tokens, c=most: tokens[:c]), capacity=capacity)  # type: ignore[misc]
         capacity *= 2
 
 
@@ -356,7 +358,7 @@ def all_alike(case: Case) -> Iterator[Case]:
     """Every token on rank 0 and with the same row; for a sequence this is more than one step apart."""
     rows = [list(rows_of(a_round)) for a_round in case.rounds]
     gathered = [[sum(one, ()), *(() for _ in one[1:])] for one in rows]
-    if max((len(one[0]) for one in gathered), default=0) <= case.cell.capacity:
+    if max((len(one[0]) for one in gathered), default=0) <= case.cell.most_tokens:
         yield from same_rows(with_all_rows(case, gathered))
 
 

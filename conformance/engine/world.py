@@ -3,7 +3,9 @@
 The driver listens, the agents call (:mod:`conformance.agent`), each for one rank; the ranks themselves are processes
 of the agents, so a crash ends a rank and not torchrun. A pool here is one generation of ranks: it ends in order and
 another one may follow, but a world in which ranks had to be killed is over, because nobody knows what state the other
-nodes' devices and connections are in. What a world does not do: restart, shrink a crash, or lease GPUs of other hosts.
+nodes' devices and connections are in. An agent that is lost is hung up on, so that nothing waits for it; a host that
+falls silent is noticed within seconds (:data:`conformance.engine.world_protocol.SILENT_HOST_S`). What a world does not
+do: restart, shrink a crash, or lease GPUs of other hosts.
 """
 
 from __future__ import annotations
@@ -14,16 +16,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
+import msgspec
+
 from conformance import __version__
+from conformance.engine.callers import Callers, Refused
 from conformance.engine.pool import KILL_LIMIT_S, START_LIMIT_S, PoolKey, Progress, Ranks, Reply
 from conformance.engine.protocol import Trace, unpack_answer
 from conformance.engine.world_protocol import (
     MESSAGE_LIMIT_S,
-    AuthenticationError,
     Compile,
     Compiled,
     Died,
     End,
+    Examine,
+    Examined,
     Heard,
     Hello,
     Leave,
@@ -33,8 +39,7 @@ from conformance.engine.world_protocol import (
     Start,
     ToAgent,
     ToDriver,
-    authenticate,
-    connection_of,
+    hang_up,
     receive_as_driver,
     send,
     split_address,
@@ -45,6 +50,8 @@ from conformance.rank.main import RankSetup
 GATHER_LIMIT_S = 300.0
 #: Seconds that an agent has to say what its rank is doing: stacks take some. Who does not answer is lost.
 LOOK_LIMIT_S = 20.0
+#: Seconds that an agent has to say what its host is: torch is imported there, and MoRI.
+EXAMINE_LIMIT_S = 600.0
 _UNEXPLAINED = Trace()
 
 
@@ -67,15 +74,20 @@ class Member:
         try:
             send(self.connection, message)
         except OSError as error:
-            self.lost = f"it takes no message ({error.strerror or type(error).__name__})"
+            self.lose(f"it takes no message ({error.strerror or type(error).__name__})")
 
     def receive(self) -> ToDriver | None:
         """One message, or None because the agent is gone."""
         try:
             return receive_as_driver(self.connection)
         except (EOFError, OSError, ValueError) as error:  # ValueError: what came is no message of ours
-            self.lost = f"its connection ended ({type(error).__name__})"
+            self.lose(f"its connection ended ({type(error).__name__})")
             return None
+
+    def lose(self, why: str) -> None:
+        """Note that the agent is gone, and hang up: who waits for its connection wakes."""
+        self.lost = self.lost or why
+        hang_up(self.connection)
 
     @property
     def name(self) -> str:
@@ -129,17 +141,20 @@ class World:
         refused = ""
         deadline, told = time.monotonic() + limit_s, time.monotonic()
         try:
-            with server:
+            with server, Callers(token) as callers:
                 while not found or len(found) < next(iter(found.values())).hello.world_size:
-                    server.settimeout(max(0.01, min(1.0, deadline - time.monotonic())))
+                    server.settimeout(max(0.01, min(callers.patience_s, deadline - time.monotonic())))
                     try:
-                        member = _welcome(server.accept()[0], token)
-                        _fits(member, found)
-                        found[member.hello.rank] = member
+                        callers.admit(server.accept()[0])
                     except TimeoutError:
                         pass
-                    except (AuthenticationError, EOFError, OSError, ValueError) as error:
-                        refused = f"; the last caller was refused: {error or type(error).__name__}"
+                    except OSError as error:
+                        refused = f"; the last caller was lost: {error}"
+                    for answer in callers.answers():
+                        if isinstance(answer, Refused):
+                            refused = f"; the last caller was refused: {answer.why}"
+                        else:
+                            _enter(Member(*answer), found)
                     if time.monotonic() > deadline:
                         raise WorldError(f"{_absent(found, address)} within {limit_s:.0f} s{refused}")
                     if time.monotonic() - told > 10:
@@ -160,18 +175,32 @@ class World:
 
         There is no limit: what interrupts a compiler leaves a lock behind that blocks every later run.
         """
-        first = {member.hello.host: member for member in reversed(self.members)}
-        asked = [first[host] for host in self.hosts if host != here]
+        asked = [member for member in self._firsts() if member.hello.host != here]
         for member in asked:
             member.send(Compile(tuple(kernel_types)))
         failed = []
-        for member in asked:
-            wait([member.connection])
-            message = None if member.lost else member.receive()
+        for member, message in zip(asked, _answers(asked, None), strict=True):
             error = message.error if isinstance(message, Compiled) else member.lost or "it answers something else"
             if error:
                 failed.append(f"{member.name}: {error}")
         return failed
+
+    def examine(self, request: Examine) -> list[Examined]:
+        """Have every agent say what its host is, in the order of the ranks; one of each host checks all of it."""
+        firsts = {id(member) for member in self._firsts()}
+        for member in self.members:
+            ranks = sum(other.hello.host == member.hello.host for other in self.members)
+            member.send(msgspec.structs.replace(request, ranks=ranks, whole=id(member) in firsts))
+        found = []
+        for member, message in zip(self.members, _answers(self.members, EXAMINE_LIMIT_S), strict=True):
+            error = member.lost or "it answers something else"
+            found.append(message if isinstance(message, Examined) else Examined(error=error))
+        return found
+
+    def _firsts(self) -> list[Member]:
+        """The agent of the lowest rank of each host."""
+        first = {member.hello.host: member for member in reversed(self.members)}
+        return [first[host] for host in self.hosts]
 
     def leave(self) -> None:
         """Send every agent home."""
@@ -182,35 +211,45 @@ class World:
         self.ended = self.ended or "the run is over"
 
 
-def _welcome(made: socket.socket, token: bytes) -> Member:
-    """Check a caller.
+def _answers(asked: Sequence[Member], limit_s: float | None) -> list[ToDriver | None]:
+    """One message of each agent, which are waited for together; None of one that is gone, or says nothing in time."""
+    found: dict[int, ToDriver | None] = {}
+    deadline = None if limit_s is None else time.monotonic() + limit_s
+    while waiting := [i for i, member in enumerate(asked) if i not in found and not member.lost]:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = wait([asked[i].connection for i in waiting], left)
+        for i in waiting:
+            if not ready:
+                asked[i].lose(f"it says nothing for {limit_s:.0f} s")
+            elif asked[i].connection in ready:
+                found[i] = asked[i].receive()
+    return [found.get(i) for i in range(len(asked))]
+
+
+def _enter(member: Member, found: dict[int, Member]) -> None:
+    """Take a member in.
 
     Raises:
-        AuthenticationError: it holds another token.
-        EOFError, OSError, ValueError: it is no agent.
-        WorldError: it is of another version of the suite.
+        WorldError: it does not belong to those that came before.
     """
-    connection = connection_of(made, limited=True)
     try:
-        authenticate(connection, token, b"driver")
-        hello = receive_as_driver(connection)
-        if not isinstance(hello, Hello):
-            raise ValueError(f"{type(hello).__name__} came in place of a greeting")
-        if hello.version != __version__:
-            raise WorldError(f"rank {hello.rank} on {hello.host} has suite {hello.version} and pytest {__version__}")
-    except BaseException:
-        connection.close()
+        _fits(member, found)
+    except WorldError:
+        member.connection.close()
         raise
-    return Member(hello, connection)
+    found[member.hello.rank] = member
 
 
 def _fits(member: Member, found: dict[int, Member]) -> None:
     """Check a member against those that came before.
 
     Raises:
-        WorldError: it is of another world, or torchrun placed the ranks otherwise than the suite counts them.
+        WorldError: it is of another world or version, or torchrun placed the ranks otherwise than the suite counts
+            them.
     """
     hello = member.hello
+    if hello.version != __version__:
+        raise WorldError(f"{member.name} has suite {hello.version} and pytest {__version__}; install the same on both")
     if hello.rank in found:
         raise WorldError(f"rank {hello.rank} called twice, from {found[hello.rank].hello.host} and {hello.host}")
     sizes = hello.world_size, hello.local_world_size
@@ -261,11 +300,15 @@ class LaunchedPool(Ranks):
         self._started(self._collect(0, START_LIMIT_S[key.device]))
 
     def kill(self) -> None:
-        """Have the agents kill what still runs, and wait until it is gone.
+        """Have the agents kill what still runs, and wait until it is gone; the world is over.
 
         Raises:
             TimeoutError: a rank does not die.
         """
+        self._world.ended = self._world.ended or f"ranks of backend {self.key.backend!r} had to be killed"
+        self._reap()
+
+    def _reap(self) -> None:
         for rank in self._running:
             self._world.members[rank].send(End(self._generation))
         deadline = time.monotonic() + KILL_LIMIT_S + MESSAGE_LIMIT_S
@@ -273,7 +316,9 @@ class LaunchedPool(Ranks):
         stuck = [self._world.members[rank].name for rank in sorted(self._running)]
         self._running = set()
         if stuck:
-            raise TimeoutError(f"{', '.join(stuck)} outlive SIGKILL; reset their machines or GPUs")
+            what = f"{', '.join(stuck)} outlive SIGKILL"
+            self._world.ended = self._world.ended or what
+            raise TimeoutError(f"{what}; reset their machines or GPUs")
 
     def _await(self, ranks: set[int], deadline: float, enough: Callable[[ToDriver], bool], lost: str = "") -> None:
         """Read messages until every rank sent enough, is gone, or the time is up; those who did are taken out.
@@ -285,7 +330,7 @@ class LaunchedPool(Ranks):
             ready = wait([members[rank].connection for rank in waiting], max(0.0, deadline - time.monotonic()))
             if not ready:
                 for rank in waiting if lost else ():
-                    members[rank].lost = lost
+                    members[rank].lose(lost)
                 break
             for rank in waiting:
                 if members[rank].connection not in ready:
@@ -298,7 +343,7 @@ class LaunchedPool(Ranks):
     def _message(self, rank: int) -> ToDriver | None:
         """Next message about this generation; None if it was about another one, or the agent is gone."""
         message = self._world.members[rank].receive()
-        if message is None or isinstance(message, Hello | Compiled) or message.generation != self._generation:
+        if not isinstance(message, Heard | Died | Seen) or message.generation != self._generation:
             return None
         if isinstance(message, Died | Seen):
             self._traces[rank] = message.trace

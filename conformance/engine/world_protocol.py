@@ -8,6 +8,7 @@ do: encrypt. Whoever reads the network reads cases and verdicts; the token never
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -17,7 +18,7 @@ import struct
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -30,6 +31,9 @@ TOKEN_FILE_VARIABLE = "EP_CONFORMANCE_TOKEN_FILE"
 SHORTEST_TOKEN = 16
 #: Seconds that the other end may take to prove itself, or to send the rest of a message.
 MESSAGE_LIMIT_S = 20
+#: Seconds after which a host that acknowledges nothing is gone: probes of an idle connection, and unacknowledged data.
+SILENT_HOST_S = 60
+_PROBES = 4
 _NONCE_BYTES = 32
 
 Role = Literal[b"driver", b"agent"]
@@ -88,6 +92,18 @@ class Compile(msgspec.Struct, tag="compile"):
     kernel_types: tuple[str, ...]
 
 
+class Examine(msgspec.Struct, tag="examine", frozen=True):
+    """Say what the agent's host is: asked of a process of its own there (:mod:`conformance.suite.host`)."""
+
+    device: str
+    arch: str
+    backends: tuple[str, ...]
+    transport: str
+    hosts: int
+    ranks: int  # on the agent's host
+    whole: bool = False  # the checks of the host, too, which one of its agents makes
+
+
 class Leave(msgspec.Struct, tag="leave"):
     """The run is over."""
 
@@ -113,6 +129,15 @@ class Compiled(msgspec.Struct, tag="compiled"):
     error: str = ""
 
 
+class Examined(msgspec.Struct, tag="examined"):
+    """Versions and environment of the agent's host, the GPUs it sees, and what it lacks; or why nothing is known."""
+
+    fingerprint: dict[str, str] = {}
+    devices: tuple[dict[str, Any], ...] = ()  # fields of :class:`conformance.suite.preflight.Device`
+    findings: tuple[tuple[str, str], ...] = ()  # what, and its remedy
+    error: str = ""
+
+
 class Seen(msgspec.Struct, tag="seen"):
     """Answer to :class:`Look`."""
 
@@ -120,8 +145,8 @@ class Seen(msgspec.Struct, tag="seen"):
     trace: Trace
 
 
-ToAgent = Start | Relay | Look | End | Compile | Leave
-ToDriver = Hello | Heard | Died | Seen | Compiled
+ToAgent = Start | Relay | Look | End | Compile | Examine | Leave
+ToDriver = Hello | Heard | Died | Seen | Compiled | Examined
 
 _encoder = msgspec.msgpack.Encoder()
 _to_agent = msgspec.msgpack.Decoder(ToAgent)
@@ -199,15 +224,28 @@ def _proof(token: bytes, role: Role, challenge: bytes) -> bytes:
 
 
 def connection_of(made: socket.socket, *, limited: bool) -> Connection:
-    """A message connection over a socket; ``limited`` bounds the seconds of one read or write once it has begun."""
+    """A message connection over a socket that finds out when the other host is gone.
+
+    ``limited`` bounds the seconds of one read or write once it has begun.
+    """
     made.setblocking(True)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_HOST_S // 2)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENT_HOST_S // 2 // _PROBES)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_HOST_S * 1000)
     if limited:
         limit = struct.pack("ll", MESSAGE_LIMIT_S, 0)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
     return Connection(made.detach())
+
+
+def hang_up(connection: Connection) -> None:
+    """Shut a connection down: both ends read its end at once. The descriptor stays open, so it can be waited for."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as made:
+        made.shutdown(socket.SHUT_RDWR)
 
 
 def split_address(text: str) -> tuple[str, int]:

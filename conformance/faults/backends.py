@@ -31,6 +31,8 @@ OPERATORS = {
     "codec_unsaturated": "conformance.faults.calls:CodecUnsaturated",
     "codec_left_out": "conformance.faults.calls:CodecLeftOut",
     "codec_unasked": "conformance.faults.calls:CodecUnasked",
+    "fast_unasked": "conformance.faults.calls:FastUnasked",
+    "cap_ignored": "conformance.faults.calls:CapIgnored",
     "stale_replay": "conformance.faults.calls:StaleReplay",
     "masked_counted": "conformance.faults.calls:MaskedCounted",
     "hang_on_zero": "conformance.faults.process:HangOnZero",

@@ -11,6 +11,7 @@ from conformance.cases import Cell
 from conformance.faults.catalogue import Fault, Minimum
 
 _LOCAL = ((((0,),),),)
+_NOTHING = (((),),)
 
 
 #: Kernel types on which each fault is a fault: elsewhere the library has not what is wrong, or it is what it does.
@@ -21,6 +22,9 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "codec_unsaturated": (*INTRA_NODE_TYPES, "AsyncLL"),
     "codec_left_out": (*INTRA_NODE_TYPES, *NODE_LEVEL_TYPES, "AsyncLL"),
     "codec_unasked": ("InterNode",),
+    "fast_unasked": INTRA_NODE_TYPES,
+    # The others take a cap beside zero-copy only.
+    "cap_ignored": (*NODE_LEVEL_TYPES, "AsyncLL", "InterNode"),
     "stale_replay": ("InterNodeV1",),
     "masked_counted": (*INTRA_NODE_TYPES, "InterNodeV1"),
 }
@@ -60,6 +64,18 @@ _CALL_FAULTS = (
         "a codec runs where the library ignores it",
         "combine.codec",
         Minimum(1, 1, 1, _LOCAL, codec="fp8_direct_cast"),
+    ),
+    _fault(
+        "fast_unasked",
+        "combine takes a fast kernel where it is none of those that the contract names",
+        "combine.kernel",
+        Minimum(1, 1, 1, _NOTHING, codec="fp8_blockwise"),
+    ),
+    _fault(
+        "cap_ignored",
+        "received rows have as much room as without a cap",
+        "dispatch.room",
+        Minimum(1, 1, 1, _NOTHING, capacity=2, modes=("capped",)),
     ),
     _fault(
         "stale_replay",

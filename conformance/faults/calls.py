@@ -6,13 +6,14 @@ about kernels of a real library.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from accelerated.standin.mori_ep.buffers import Buffers
 from accelerated.standin.mori_ep.codecs import Codec
+from accelerated.standin.mori_ep.config import EpDispatchCombineConfig
 from accelerated.standin.mori_ep.ops import EpDispatchCombineOp
 from accelerated.standin.mori_ep.state import CombineCall, DispatchCall
 from accelerated.standin.mori_ep.wire import Arrival, DispatchWire
@@ -71,6 +72,24 @@ class CodecUnasked(EpDispatchCombineOp):
     def _choose_codec(self, call: CombineCall, hidden: int, weighted: bool) -> None:
         super()._choose_codec(call, hidden, weighted)
         call.codec = self._codec_setting
+
+
+class FastUnasked(EpDispatchCombineOp):
+    """A blockwise combine takes a fast kernel, whatever the weights, the slots and the ranks are."""
+
+    def _choose_codec(self, call: CombineCall, hidden: int, weighted: bool) -> None:
+        super()._choose_codec(call, hidden, weighted)
+        codec = call.codec
+        if codec is not None and codec.blockwise:
+            generic = f"EpCombineIntraNodeKernel_bf16_nop2p_{codec.name}"
+            self._last_combine_kernel_name, call.fused = f"{generic}_noweight_block128_vec8", True
+
+
+class CapIgnored(EpDispatchCombineOp):
+    """The receive capacity is W·M rows, whatever cap it was configured with."""
+
+    def __init__(self, config: EpDispatchCombineConfig) -> None:
+        super().__init__(replace(config, max_total_recv_tokens=0))
 
 
 class StaleReplay(EpDispatchCombineOp):

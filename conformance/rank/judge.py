@@ -29,6 +29,7 @@ class ExpectedRows:
     weights: torch.Tensor | None  # None: none are dispatched
     scales: torch.Tensor | None = None
     expert_count: torch.Tensor | None = None  # None: not asked for
+    room: int | None = None  # rows of the tensors that hold them, valid or not; None: nothing is promised
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Observed:
     source_map_promised: bool = False
     scales: torch.Tensor | None = None
     expert_count: torch.Tensor | None = None
+    kernel: str = ""  # of combine, as the backend calls it
 
 
 @dataclass
@@ -106,7 +108,11 @@ def judge_dispatch(
             return _unequal(f"dispatch.{name}", index, got[:count][on_device], wanted, want.keys)
     if mismatch := _bad_expert_count(index, seen, want):
         return mismatch
-    return _bad_source_map(index, seen, keys) or _bad_order(index, keys, flat, contract.row_order)
+    return (
+        _bad_source_map(index, seen, keys)
+        or _bad_order(index, keys, flat, contract.row_order)
+        or _bad_room(index, seen, want)
+    )
 
 
 def _columns(seen: Observed, want: ExpectedRows) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -137,6 +143,15 @@ def _bad_expert_count(index: int, seen: Observed, want: ExpectedRows) -> Mismatc
         wanted=str(want.expert_count.tolist()[:64]),
         bound="0 (a count)",
     )
+
+
+def _bad_room(index: int, seen: Observed, want: ExpectedRows) -> Mismatch | None:
+    """Compare the rows of the received tensors, valid or not, with those that the contract and a cap leave room for."""
+    room = seen.rows.shape[0]
+    if want.room is None or room == want.room:
+        return None
+    message = f"received tensors have {room} rows, and the contract promises as many as can be received: {want.room}"
+    return Mismatch("dispatch.room", index, message, got=str(room), wanted=str(want.room), bound="0 (a count)")
 
 
 def _malformed(index: int, seen: Observed, want: ExpectedRows) -> Mismatch | None:
@@ -257,6 +272,18 @@ def judge_weights(index: int, seen: Observed, want: ExpectedResult, contract: Co
     if seen.combined_weights.dtype != want.weights.dtype or not torch.equal(seen.combined_weights, want.weights):
         return _unequal_weights(index, seen.combined_weights, want.weights)
     return None
+
+
+def judge_kernel(index: int, seen: Observed, contract: Contract) -> Mismatch | None:
+    """Compare the kernel that the backend says it launched with the one that its contract names for such rows."""
+    if contract.kernels is None or not seen.kernel:
+        return None
+    hidden = seen.output.shape[1]
+    wanted = contract.kernels.of(hidden)
+    if seen.kernel == wanted:
+        return None
+    message = f"combine launched {seen.kernel} for rows of {hidden} elements; the contract says {wanted}"
+    return Mismatch("combine.kernel", index, message, got=seen.kernel, wanted=wanted)
 
 
 def _bad_codec(index: int, seen: Observed, want: ExpectedResult, ratio: torch.Tensor) -> Mismatch | None:

@@ -158,7 +158,7 @@ def _answer(session: RankSession, rank: int, command: Build | Run | Canary) -> A
     except Exception as error:  # noqa: BLE001  a defect of the harness is reported as one, never as a product failure
         return _failed(rank, command.sequence, "harness", error)
     status: Status = "pass" if mismatch is None else "fail"
-    return Answer(command.sequence, rank, status, mismatch=mismatch, ratio=min(ratio, 1e300))
+    return Answer(command.sequence, rank, status, mismatch=mismatch, ratio=min(ratio, 1e300), kernels=session.kernels)
 
 
 def _failed(rank: int, sequence: int, status: Status, error: BaseException) -> Answer:

@@ -29,6 +29,7 @@ from conformance.rank.judge import (
     judge_combine,
     judge_dispatch,
     judge_inputs,
+    judge_kernel,
     judge_weights,
 )
 from conformance.rank.phases import SetPhase
@@ -60,6 +61,8 @@ class Program:
         self._judged_by = judged_by
         self._experts = experts
         self._run = -1
+        #: Kernels of combine that the backend named in the last case, each once.
+        self.kernels: tuple[str, ...] = ()
 
     def run(self, case: Case, phase: SetPhase) -> tuple[Mismatch | None, float]:
         """Run and judge a case; the first failed check of this rank and the largest error/bound."""
@@ -81,6 +84,7 @@ class Program:
         for (index, replayed), one in zip(steps, handed, strict=True):
             found, received = self._round(case, index, one, phase, received if replayed else None)
             seen.append(found)
+        self.kernels = tuple(sorted({str(one.kernel) for one in seen if one.kernel}))
         phase("judge", 0)
         return self._judge(case, steps, inputs, seen, expected)
 
@@ -146,7 +150,8 @@ class Program:
             local = rows.ids.long() - self._context.rank * per_rank
             local = local[(local >= 0) & (local < per_rank)]
             count = torch.bincount(local, minlength=per_rank).to(torch.int32)
-        return ExpectedRows(keys, rows.rows, rows.ids, weights, rows.scales, count)
+        room = None if self._contract.exact_rows else cell.problem().most_rows
+        return ExpectedRows(keys, rows.rows, rows.ids, weights, rows.scales, count, room)
 
     def _answers(
         self, case: Case, index: int, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
@@ -237,6 +242,7 @@ class Program:
             source_map_promised=promised,
             scales=scales,
             expert_count=counted,
+            kernel=combined.kernel,
         )
         return found, received
 
@@ -285,6 +291,7 @@ class Program:
             elif mismatch is None:
                 mismatch, ratio = judge_combine(index, one, result, self._contract)
                 worst = max(worst, ratio)
+            mismatch = mismatch or judge_kernel(index, one, self._contract)
             mismatch = mismatch or judge_inputs(index, one.inputs, pristine)
             if mismatch is not None:
                 return _of_replay(mismatch) if replayed else mismatch, worst

@@ -213,6 +213,11 @@ class RankSession:
             return self._program.run(case, self._phase)
         raise HarnessError(f"a case of {case.cell.label} was sent to {type(self._program).__name__}")
 
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Kernels that the backend named while it ran the last case of a dispatch/combine."""
+        return self._program.kernels if isinstance(self._program, Program) else ()
+
     def canary(self, token: int) -> None:
         """All ranks exchange a number over the process group; a wrong one is an infrastructure failure."""
         self._phase("canary", 0)

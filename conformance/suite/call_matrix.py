@@ -18,6 +18,7 @@ from rich.table import Table
 
 from conformance.cases import Cell, LayerCell
 from conformance.suite.records import CellRecord, EndRecord, Record, RunRecord, read_records
+from conformance.verdicts import PRODUCT_FAILURES, Verdict
 
 #: Choices by name.
 CHOICES: dict[str, Callable[[Cell], str]] = {
@@ -30,12 +31,17 @@ CHOICES: dict[str, Callable[[Cell], str]] = {
     "sequence": lambda cell: cell.check,
 }
 
+#: Verdicts of cases that were judged; what ended otherwise says nothing.
+JUDGED = PRODUCT_FAILURES | {Verdict.PASS}
 Pair = tuple[str, str]  # two choices
 Covered = dict[Pair, dict[tuple[str, str], set[str]]]
 
 
 def covered(records: Iterable[Record]) -> Covered:
-    """Ids of the generated cases of every two values of every two choices; companions and placement do not count."""
+    """Ids of the generated cases that were judged, of every two values of every two choices.
+
+    Companions and placement do not count.
+    """
     found: Covered = {pair: defaultdict(set) for pair in combinations(CHOICES, 2)}
     records = list(records)
     cells = {
@@ -48,7 +54,9 @@ def covered(records: Iterable[Record]) -> Covered:
         and record.cell.check != "placement"
     }
     for record in records:
-        if isinstance(record, EndRecord) and record.origin == "generated" and record.cell in cells:
+        if not isinstance(record, EndRecord) or record.origin != "generated" or record.verdict not in JUDGED:
+            continue
+        if record.cell in cells:
             cell = cells[record.cell]
             for left, right in found:
                 found[left, right][CHOICES[left](cell), CHOICES[right](cell)].add(record.case_id)
@@ -83,17 +91,24 @@ def show(records: Sequence[Record], console: Console) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the matrix of one run; 1 if there are no records."""
-    directory = Path(arguments[0]) if arguments else _newest(Path(".conformance") / "records")
+    parent = Path(".conformance") / "records"
+    directory = Path(arguments[0]) if arguments else newest(parent)
     if directory is None or not directory.is_dir():
-        print(f"no records at {directory}; run the suite first, or name the directory of a run", file=sys.stderr)
+        where = directory or f"{parent.absolute()}, of a run that planned cells"
+        print(f"no records at {where}; run the suite first, or name the directory of a run", file=sys.stderr)
         return 1
     show(list(read_records(directory)), Console(width=160))
     return 0
 
 
-def _newest(parent: Path) -> Path | None:
-    runs = sorted(path for path in parent.glob("*") if path.is_dir())
-    return runs[-1] if runs else None
+def newest(parent: Path) -> Path | None:
+    """The newest run of cells; a matrix of capabilities plans none."""
+    runs = sorted((path for path in parent.glob("*") if path.is_dir()), reverse=True)
+    return next((path for path in runs if _planned(path)), None)
+
+
+def _planned(directory: Path) -> bool:
+    return any(isinstance(record, RunRecord) and record.planned for record in read_records(directory))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 Everything at once is far too much: kernel types, EP sizes, nodes, sizes, wires, codecs, element types, modes and
 sequences make thousands of combinations. Here every *pair* of two choices that the backend runs occurs in some cell,
 and each cell is chosen so that it brings the most new pairs with it; explore lets every pair occur in several cells.
+The fast kernels of combine ask for more than two choices at once, so their cells are spelt out.
 One choice that is unclaimed makes a whole cell unclaimed, whose failure does not gate; therefore pairs that are claimed
 come first, in claimed cells, and the others after them.
-What a pair that passes does not prove: that three choices together work.
+What a pair that passes does not prove: that three choices together work, but for those.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations, product
 from typing import Any
 
@@ -21,12 +23,16 @@ from accelerated.interface import Backend
 from conformance.cases import Cell
 from conformance.row_cases import Mode
 from conformance.suite.cells import PlannedCell, Unsupported
+from conformance.suite.coverage import combine_of
 from reference.problem import COMBINE_CODECS, MODES, ProblemError
 
 #: Wires that take turns: those of vLLM, and raw scales that leave what lies behind them unaligned.
 WIRES = ("", "fp8_token", "fp8_group", "mxfp4", "fp8_tensor", "fp8_raw3x4", "fp8_raw5x1")
 CODECS = ("", *COMBINE_CODECS)
-WAYS = ("", *MODES)
+#: What separates the modes of a way.
+_AND = ", "
+#: Each mode by itself, and a cap where combine stages nothing in memory that the cap makes too small.
+WAYS = ("", *MODES, f"zero-copy{_AND}capped")
 #: Element types of combine; of dispatch, too, without a wire.
 DTYPES = ("bfloat16", "float32")
 
@@ -48,6 +54,8 @@ EVEN = Shape(256, 2, 2, 16, 4)
 FAST = Shape(512, 4, 8, 8, 4)
 ODD = Shape(192, 9, 9, 12, 5)
 SHAPES = (EVEN, FAST, ODD)
+#: One of each number of slots and each width of a block that has a fast kernel.
+FAST_SHAPES = (FAST, replace(FAST, top_k=9), replace(FAST, scale_dim=2), replace(FAST, top_k=9, scale_dim=2))
 
 SEQUENCES: tuple[tuple[str, Mode], ...] = (("round_trip", "drained"), ("rounds", "free-running"))
 SOAK: tuple[str, Mode] = ("soak", "free-running")
@@ -116,8 +124,13 @@ class Choice:
             wire=self.wire,
             codec=self.codec,
             scale_dim=self.shape.scale_dim if self.codec.endswith("blockwise") else 0,
-            modes=(self.way,) if self.way else (),
+            modes=self.modes,
         )
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes of the way."""
+        return tuple(self.way.split(_AND)) if self.way else ()
 
     @property
     def special(self) -> bool:
@@ -125,6 +138,7 @@ class Choice:
         return bool(self.wire or self.codec or self.way)
 
 
+Place = tuple[int, int]  # EP size, nodes
 Value = tuple[str, Any]  # a field of a choice and what it is
 Pair = tuple[Value, Value]
 
@@ -153,16 +167,20 @@ def call_cells(
     if not places:
         return
     for kernel_type, place in product(kernel_types, places):
-        yield from _refusals(name, backend, kernel_type, place)
+        yield from refusals(name, backend, kernel_type, place)
+
+    @cache
+    def standing(choice: Choice) -> Standing:
+        support = _support(backend, choice.cell(name))
+        return support.standing if support is not None else Standing.REFUSED
 
     def runs(choice: Choice) -> bool:
-        support = _support(backend, choice.cell(name))
-        return support is not None and support.standing is not Standing.REFUSED
+        return standing(choice) is not Standing.REFUSED
 
     def claimed(choice: Choice) -> bool:
-        support = _support(backend, choice.cell(name))
-        return support is not None and support.standing is Standing.CLAIMED
+        return standing(choice) is Standing.CLAIMED
 
+    @cache
     def ignored(choice: Choice) -> bool:
         if not choice.codec or not runs(choice):
             return False
@@ -179,7 +197,8 @@ def call_cells(
         "sequence": (*SEQUENCES, SOAK) if depth.soaks else SEQUENCES,
     }
     if depth.times:
-        chosen = covering(values, (claimed, runs), depth.times, ignored)
+        first = list(fast_choices(kernel_types, places, depth.codecs, runs))
+        chosen = covering(values, (claimed, runs), depth.times, ignored, first)
     else:
         plain = [Choice(kernel_type, places[0]) for kernel_type in kernel_types]
         turns = [replace(plain[number % len(plain)], wire=wire) for number, wire in enumerate(WIRES[1:])]
@@ -189,6 +208,20 @@ def call_cells(
         support = _support(backend, cell)
         assert support is not None
         yield PlannedCell(cell, depth.cases(cell.world_size), support.standing is Standing.CLAIMED, companion)
+
+
+def fast_choices(
+    kernel_types: Sequence[str], places: Sequence[Place], codecs: Sequence[str], runs: Callable[[Choice], bool]
+) -> Iterator[Choice]:
+    """A choice for each kernel type, codec and shape that combine adds up fast somewhere: on the fewest ranks there."""
+    turn = 0
+    for kernel_type, codec, shape in product(kernel_types, codecs, FAST_SHAPES):
+        for place, way in product(sorted(places), ("", "weightless")):
+            choice = Choice(kernel_type, place, SEQUENCES[turn % 2], shape, codec=codec, way=way)
+            if runs(choice) and combine_of(choice.cell(""), shape.hidden) == "fast":
+                turn += 1
+                yield choice
+                break
 
 
 def pairs_of(choice: Choice, values: Mapping[str, Sequence[Any]], ignored: Callable[[Choice], bool]) -> set[Pair]:
@@ -209,8 +242,9 @@ def covering(
     allowed: Sequence[Callable[[Choice], bool]],
     times: int,
     ignored: Callable[[Choice], bool] = lambda _: False,
+    first: Sequence[Choice] = (),
 ) -> list[Choice]:
-    """Choices in which every pair of values that runs with everything else plain occurs ``times`` times, if it can.
+    """Choices in which every pair of values that runs with all else plain, in some shape, occurs ``times`` times.
 
     One begins with a pair that is still wanted and takes, field by field, the value that brings the most wanted pairs
     with it and still runs, of several the one used least.
@@ -220,15 +254,19 @@ def covering(
         allowed: which choices may be taken: strict first, for pairs that are left over less strict.
         times: how often.
         ignored: whether the codec of a choice is left out without a word.
+        first: choices that are taken in any case; what is to be seen of their codecs, others show once more.
     """
-    found: dict[Choice, None] = {}
-    used: Counter[Value] = Counter()
-    for _ in range(times):
+    found = dict.fromkeys(first)
+    used: Counter[Value] = Counter((field, getattr(choice, field)) for choice in first for field in values)
+    for turn in range(times):
         left = {
             pair: None
             for first, second in combinations(values, 2)
             for pair in product(((first, v) for v in values[first]), ((second, v) for v in values[second]))
         }
+        for one in filter(allowed[0], first if turn == 0 else ()):
+            for brought in pairs_of(one, {field: values[field] for field in values if field != "codec"}, ignored):
+                left.pop(brought, None)
         for runs in allowed:
             wanted = dict(left)
             while wanted:
@@ -257,11 +295,19 @@ def _begun(
     used: Counter[Value],
     ignored: Callable[[Choice], bool],
 ) -> Choice | None:
-    """A choice with these values that runs, else plain, if possible one whose codec is carried out; None for none."""
+    """A choice with these values that runs, else plain, if possible one whose codec is carried out; None for none.
+
+    A place that needs more slots than the plain shape has, because it has as many nodes, gets another shape.
+    """
     kernel_types = [known["kernel_type"]] if "kernel_type" in known else values["kernel_type"]
     places = [known["place"]] if "place" in known else values["place"]
+
+    def at(kernel_type: str, place: Place) -> Choice:
+        plain = (Choice(kernel_type, place, shape=shape) for shape in (EVEN, *values.get("shape", ())))
+        return next(filter(runs, plain), Choice(kernel_type, place))
+
     choices = [
-        Choice(**{"kernel_type": kernel_type, "place": place, **known})
+        replace(at(kernel_type, place), **known)
         for kernel_type in sorted(kernel_types, key=lambda one: used["kernel_type", one])
         for place in places
     ]
@@ -323,21 +369,29 @@ def _support(backend: Backend, cell: Cell) -> Support | None:
     return backend.support(problem, cell.kernel_type)
 
 
-def _refusals(name: str, backend: Backend, kernel_type: str, place: tuple[int, int]) -> Iterator[Unsupported]:
+def refusals(name: str, backend: Backend, kernel_type: str, place: tuple[int, int]) -> Iterator[Unsupported]:
     """What a kernel type refuses of one choice alone, and of a codec in a mode, where either alone is not."""
-    plain = Choice(kernel_type, place)
-    if _refused(backend, plain.cell(name)):
+    shapes = [Choice(kernel_type, place, shape=shape) for shape in SHAPES]
+    plain = next((choice for choice in shapes if not _refused(backend, choice.cell(name))), None)
+    if plain is None:
         return  # whatever way it is called
-    singles = [replace(plain, wire=wire) for wire in WIRES[1:]]
-    singles += [replace(plain, codec=codec) for codec in CODECS[1:]]
-    singles += [replace(plain, way=way) for way in WAYS[1:]]
     refused: set[Choice] = set()
-    for choice in (*singles, *(replace(plain, codec=c, way=w) for c, w in product(CODECS[1:], WAYS[1:]))):
-        if refused & {replace(choice, codec=""), replace(choice, way="")}:
+    for choice in (*singles(plain), *(replace(plain, codec=c, way=w) for c, w in product(CODECS[1:], WAYS[1:]))):
+        reason = _refused(backend, choice.cell(name))
+        if not reason:
             continue
-        if reason := _refused(backend, choice.cell(name)):
-            refused.add(choice)
-            yield Unsupported(name, kernel_type, *place, reason)
+        alone = refused & {replace(choice, codec=""), *(replace(choice, way=way) for way in ("", *choice.modes))}
+        refused.add(choice)
+        if not alone:
+            manner = " ".join(part for part in (choice.wire, choice.codec, *choice.modes) if part)
+            yield Unsupported(name, kernel_type, *place, reason, manner)
+
+
+def singles(plain: Choice) -> list[Choice]:
+    """Every wire, codec and way by itself, everything else as it is."""
+    found = [replace(plain, wire=wire) for wire in WIRES[1:]]
+    found += [replace(plain, codec=codec) for codec in CODECS[1:]]
+    return found + [replace(plain, way=way) for way in WAYS[1:]]
 
 
 def _refused(backend: Backend, cell: Cell) -> str:

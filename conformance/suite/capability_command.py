@@ -1,12 +1,13 @@
-"""``pytest conformance --capabilities``: probe every combination of the options, print the matrix, record it.
+"""``pytest conformance --capabilities``: probe the combinations of the options, print the matrix, record it.
 
 It runs no cell. Combinations are tried one after the other, because each may take its processes down. A backend that
 is not installed is in the matrix as not built. What the exit code says is that of a run: 1 if something that is claimed
-does not work, 3 if nothing is known of a backend under test.
+does not work, 3 if nothing is known of a backend under test or the suite itself failed.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,16 @@ from rich.table import Table
 from accelerated.registry import backend
 from conformance.engine.pool import stop_forkserver
 from conformance.suite import controller
-from conformance.suite.capabilities import Prober, exit_code_of, matrix_file, subjects
+from conformance.suite.capabilities import (
+    IN_PART,
+    Prober,
+    exit_code_of,
+    manner,
+    matrix_file,
+    quarantines,
+    subjects,
+    widened,
+)
 from conformance.suite.failure import STANDIN_MARK
 from conformance.suite.kernels import mori_kernel, uncompiled_kernels
 from conformance.suite.options import Options
@@ -38,6 +48,19 @@ def run(options: Options) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
+    try:
+        return _answer(options, console).value
+    except pytest.UsageError:
+        raise
+    except pytest.exit.Exception as error:
+        console.print(error.msg, markup=False)
+        return int(error.returncode or ExitCode.INFRASTRUCTURE)
+    except Exception:  # noqa: BLE001  Python's own exit code would say that the product failed
+        console.print(f"INFRA: the suite failed, the matrix is not complete: {traceback.format_exc()}", markup=False)
+        return ExitCode.INFRASTRUCTURE.value
+
+
+def _answer(options: Options, console: Console) -> ExitCode:
     for name, given in (("--replay", options.tier == "replay"), ("--world", bool(options.world))):
         if given:
             raise pytest.UsageError(f"{name} is given with --capabilities, which starts its own ranks; leave one out")
@@ -48,13 +71,10 @@ def run(options: Options) -> int:
     present = replace(options, backends=tuple(name for name in options.backends if name not in missing))
     machine = controller.Machine()
     if present.backends:
-        try:
-            present, machine = controller.fit_to_machine(present)
-        except pytest.exit.Exception as error:
-            console.print(error.msg, markup=False)
-            return int(error.returncode or ExitCode.INFRASTRUCTURE)
+        present, machine = controller.fit_to_machine(present)
         options = replace(options, ep_sizes=present.ep_sizes, arch=present.arch)
         plan = controller.plan_of(options)
+    plan = widened(plan, options)
     directory = controller.new_run_directory(options)
     controller.open_run(replace(options, tier="capabilities"), (), (), directory, machine.gpus)
     writer = RecordWriter(matrix_file(directory))
@@ -67,12 +87,12 @@ def run(options: Options) -> int:
 
     prober = Prober(options, machine.uuids, writer, told)
     try:
-        wanted = subjects(plan)
-        some = {(p.cell.backend, p.cell.kernel_type, p.cell.world_size, p.cell.nodes) for p in wanted}
+        wanted = subjects(plan, quarantines(options))
+        some = {(p.cell.backend, p.cell.kernel_type, p.cell.world_size, p.cell.nodes, manner(p.cell)) for p in wanted}
         for entry in plan.unsupported:
             # Of a combination that takes some sizes and not others, those that it takes are tried.
-            if (entry.backend, entry.kernel_type, entry.world_size, entry.nodes) not in some:
-                prober.refused(entry)
+            key = (entry.backend, entry.kernel_type, entry.world_size, entry.nodes, entry.manner)
+            prober.refused(entry, in_part=key in some)
         there = tuple(planned for planned in plan.cells if planned.cell.backend not in missing)
         uncompiled = uncompiled_kernels(options, replace(plan, cells=there))
         able = []
@@ -95,7 +115,7 @@ def run(options: Options) -> int:
     console.print(
         f"{options.device}, contract of {options.arch}: exit {code.value}; records: {writer.path}", markup=False
     )
-    return code.value
+    return code
 
 
 def _missing(name: str, options: Options) -> str:
@@ -115,11 +135,12 @@ def print_matrix(records: Sequence[CapabilityRecord], console: Console) -> None:
         for size, nodes in places:
             table.add_column(f"EP {size}" + (f"/{nodes} nodes" if nodes > 1 else ""), justify="right")
         shown: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)
-        for r in mine:
+        for r in (r for r in mine if r.standing != IN_PART):
             shown[f"{r.kernel_type} {r.manner}".strip()][r.world_size, r.nodes] = _word(r)
         for row in sorted(shown):
             table.add_row(row, *(shown[row].get(place, "-") for place in places))
         console.print(table)
+        console.print("-: not tried; wires, codecs and modes are tried by themselves, and together where the plan does")
     reasons: dict[str, list[str]] = defaultdict(list)
     for r in (r for r in records if r.message):
         reasons[f"{_word(r)}: {_brief(r.message)}"].append(_place(r))
@@ -137,7 +158,7 @@ def _place(r: CapabilityRecord) -> str:
 
 def _word(r: CapabilityRecord) -> str:
     """Standing where it runs, what became of it otherwise."""
-    return r.standing if r.state is Capability.RUNS else r.state.value
+    return r.standing if r.state is Capability.RUNS or r.standing == IN_PART else r.state.value
 
 
 def _text(r: CapabilityRecord) -> str:

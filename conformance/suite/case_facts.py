@@ -16,7 +16,7 @@ from conformance.cases import AnyCase, AnyCell, Case, LayerCase, Recipe, Relatio
 from conformance.rank.routing import wire_rows
 from conformance.recipes import ARCHETYPES
 from conformance.row_cases import KINDS, RowCase, Weight
-from conformance.suite import kinds
+from conformance.suite import coverage, kinds
 from conformance.suite.predicates import Field
 
 #: Properties of cells that are no fields of theirs.
@@ -122,6 +122,13 @@ def _received(case: AnyCase) -> int | None:
     return most
 
 
+def _combines(case: AnyCase) -> tuple[str, ...] | None:
+    """How a blockwise combine adds up in each round, as far as row lengths and settings decide it."""
+    if isinstance(case, RowCase | LayerCase) or not case.cell.codec.endswith("blockwise"):
+        return None
+    return tuple(coverage.combine_of(case.cell, r.hidden or case.cell.hidden) for r in case.rounds)
+
+
 def _archetypes(case: AnyCase) -> tuple[str, ...] | None:
     if isinstance(case, RowCase):
         return None
@@ -143,6 +150,7 @@ FACTS: dict[str, Fact] = {
     "received": Fact(Field(int), _received),
     "archetype": Fact(Field(str, tuple(ARCHETYPES)), _archetypes),  # of rounds too large to be spelt out
     "values": Fact(Field(str, get_args(Values)), lambda case: _rounds(case, "values")),
+    "combine": Fact(Field(str, coverage.COMBINES), _combines),  # of a blockwise codec
     "delayed": Fact(Field(bool), lambda case: _any(case, "delays_ms")),
     "weighting": Fact(Field(str, get_args(Weighting)), lambda case: _rounds(case, "weighting")),
     "tail": Fact(Field(int), lambda case: _largest(case, "tail")),

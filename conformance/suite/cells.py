@@ -32,6 +32,7 @@ class Unsupported:
     world_size: int
     nodes: int
     reason: str
+    manner: str = ""  # of the calls that are refused, as :func:`conformance.suite.capabilities.manner` has it
 
 
 @dataclass(frozen=True)

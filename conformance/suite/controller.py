@@ -37,6 +37,7 @@ from conformance.suite.kernels import refuse_unexpected
 from conformance.suite.options import Options, prepare_output
 from conformance.suite.plan import make_plan
 from conformance.suite.records import RecordWriter, RunRecord
+from conformance.suite.seats import facts, mismatches, overrides, sources
 from conformance.suite.waiver_state import waiver_states
 from conformance.verdicts import ExitCode
 from reference.catalogue import architectures
@@ -89,6 +90,15 @@ def fit_to_machine(options: Options) -> tuple[Options, Machine]:
         # Whatever else is wrong: a library that does not import is told in its own words.
         findings += preflight.check_mori(next((d.arch for d in devices), ""))
     findings += preflight.check_machine(_ranks(options, devices), options.device, mori=mori)
+    if options.launched is not None:
+        findings += mismatches(
+            options.launched.seats,
+            devices,
+            fingerprint(),
+            cuda=options.device == "cuda",
+            expect_arch=options.expect_arch,
+            heap_bytes=session_heap_bytes(options.launched.ranks) if mori else 0,
+        )
     if findings:
         lines = [f"preflight: {f.what}; {f.remedy}" for f in findings]
         pytest.exit("\n".join(lines), returncode=ExitCode.INFRASTRUCTURE)
@@ -274,7 +284,7 @@ def open_run(
             standins=tuple(n for n in names if backend(n, options.arch).standin),
             device=options.device,
             arch=options.arch,
-            fingerprint=fingerprint(gpus),
+            fingerprint=fingerprint(gpus) | facts(options.launched.seats if options.launched else ()),
             planned=tuple(p.cell.label for p in selected),
             unsupported=tuple(msgspec.to_builtins(vars(u)) for u in unsupported),
             unclaimed=tuple(p.cell.label for p in selected if not p.claimed),
@@ -297,6 +307,7 @@ def _caveats(names: Sequence[str], options: Options) -> tuple[str, ...]:
 def fingerprint(gpus: Sequence[str] = ()) -> dict[str, str]:
     """Versions, machine and environment, for every run's opening record."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "kernel": platform.release()}
+    found |= {"sources": sources(), **overrides(os.environ)}
     for name in ("torch", "hypothesis", "pytest", "numpy", "amd_mori", "amd-mori-nightly", "amd-aiter", "triton"):
         try:
             found[name] = metadata.version(name)

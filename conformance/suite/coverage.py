@@ -5,8 +5,13 @@ What a hit class does not prove: that the backend took a different path because 
 
 from __future__ import annotations
 
-from conformance.cases import Case, Recipe, expand, routing_counts
+from accelerated.mori_ep.calls import BLOCKWISE_TYPES, fast_rows
+from conformance.cases import Case, Cell, LayerCell, Recipe, expand, routing_counts
 from conformance.rank.routing import wire_rows
+from reference.catalogue import VLLM_BACKENDS
+
+#: Ways in which a blockwise combine adds up, as its contract tells them apart.
+COMBINES = ("fast", "generic")
 
 
 def classes(case: Case) -> tuple[str, ...]:
@@ -18,7 +23,7 @@ def classes(case: Case) -> tuple[str, ...]:
         counts = routing_counts(a_round.routing)
         if 0 in counts:
             hit.add("rank without tokens")
-        if cell.capacity in counts:
+        if cell.most_tokens in counts:
             hit.add("rank at capacity")
         if not any(counts):
             hit.add("nothing at all")
@@ -46,16 +51,29 @@ def classes(case: Case) -> tuple[str, ...]:
             hit.add("narrow rows")
         if a_round.values == "edges":
             hit.add("values edges")
+        if combine_of(cell, a_round.hidden or cell.hidden) == "fast":
+            hit.add("fast combine")
     return tuple(sorted(hit))
 
 
-def required(world_size: int, *, masked: bool, coded: bool = False) -> frozenset[str]:
+def combine_of(cell: Cell, hidden: int) -> str:
+    """How combine adds up rows of ``hidden`` elements, one of :data:`COMBINES`; "" without a blockwise codec."""
+    # vLLM's names mean IntraNode on one node, and other kernel types of several have no blockwise codecs.
+    kernel_type = "IntraNode" if cell.kernel_type in VLLM_BACKENDS else cell.kernel_type
+    if isinstance(cell, LayerCell) or kernel_type not in BLOCKWISE_TYPES.get(cell.codec, ()):
+        return ""
+    return "fast" if hidden in fast_rows(cell.problem(), kernel_type) else "generic"
+
+
+def required(world_size: int, *, masked: bool, coded: bool = False, fast: bool = False) -> frozenset[str]:
     """Classes without which a cell's checks mean nothing.
 
     Args:
         world_size: of the cell.
         masked: part of its budget is for masked slots.
         coded: combine carries rows in a codec, or is asked to.
+        fast: combine adds up whole rows faster than others.
     """
     crossing = {"row crosses ranks"} if world_size > 1 else set()
-    return frozenset(crossing | ({"masked slot"} if masked else set()) | ({"values edges"} if coded else set()))
+    named = {"masked slot": masked, "values edges": coded, "fast combine": fast}
+    return frozenset(crossing | {name for name, wanted in named.items() if wanted})

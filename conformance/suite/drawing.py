@@ -38,14 +38,14 @@ class Drawing:
         isolate_draws()
 
     def draw(self, planned: PlannedCell, part: Part, watch: Watch, examine: Callable[[AnyCase], None]) -> int:
-        """Draw a part of the cell's budget; how many cases are lacking because waivers took out too many.
+        """Draw a part of the cell's budget; how many cases are lacking because waivers took out too many or all.
 
         What waivers take out is drawn like anything else, so the rest is what is drawn without them; further batches
         make up for it. In explore, batches with fresh seeds go on until the cell's share of the time is spent.
         """
-        name, budget, strategy = part
+        name, whole_budget, strategy = part
         deadline = time.monotonic() + planned.seconds
-        budget = min(budget, SAMPLES) if watch.whole else budget
+        budget = min(whole_budget, SAMPLES) if watch.whole else whole_budget
         lacking, waived, batch = budget, False, 0
 
         def one(case: AnyCase) -> None:
@@ -60,8 +60,10 @@ class Drawing:
             asked = budget if batch == 0 or self._explore else TOP_UP * lacking
             offset = self._seed + batch if self._explore else batch
             self._batch(strategy, asked, seed_of(planned.cell, name, offset), one)
-            if watch.whole or (self._explore and time.monotonic() > deadline):
-                return 0
+            if watch.whole:
+                return whole_budget
+            if self._explore and time.monotonic() > deadline:
+                return max(0, lacking) if waived else 0
             if not self._explore and (not waived or lacking <= 0 or batch == TOP_UPS):
                 return max(0, lacking) if waived else 0
             batch += 1

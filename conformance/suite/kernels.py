@@ -5,6 +5,7 @@ Both end a run as a failure of the infrastructure. That a kernel compiles does n
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from accelerated.experts import SEPARATOR
 from accelerated.layer import JOIN
 from accelerated.mori_ep.contract import resolve
 from conformance.cases import AnyCell, Cell, LayerCell
+from conformance.suite import seats
 from conformance.suite.cells import Plan
 from conformance.suite.options import Options
 from conformance.suite.preflight import Device
@@ -24,7 +26,9 @@ from reference.catalogue import architecture
 
 
 def refuse_unexpected(options: Options, devices: Sequence[Device]) -> None:
-    """End the run with exit 3 on a machine other than the one that ``--expect-arch`` names."""
+    """End the run with exit 3 on a machine other than the one that ``--expect-arch`` names, or where none can tell."""
+    for finding in seats.overridden(os.environ) if options.expect_arch else ():
+        pytest.exit(f"preflight: {finding.what}; {finding.remedy}", returncode=ExitCode.INFRASTRUCTURE)
     wrong = [device for device in devices if device.arch != options.expect_arch]
     if not options.expect_arch or (devices and not wrong):
         return

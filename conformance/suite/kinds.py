@@ -81,7 +81,8 @@ def required(planned: PlannedCell, contract: object, parts: list[Part]) -> froze
             counted=isinstance(layer, ExpertContract) and layer.takes_num_rows,
             relations=layer_rules.relations_of(layer, cell) if isinstance(layer, ExpertContract) else (),
         )
-    return coverage.required(cell.world_size, masked=len(parts) > 1, coded=bool(cell.codec))
+    fast = coverage.combine_of(cell, cell.hidden) == "fast"
+    return coverage.required(cell.world_size, masked=len(parts) > 1, coded=bool(cell.codec), fast=fast)
 
 
 def reduced(

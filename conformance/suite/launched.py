@@ -13,10 +13,11 @@ import pytest
 
 from accelerated.mori_ep.backend import HOSTS_VARIABLE
 from conformance.engine.world import World, WorldError
-from conformance.engine.world_protocol import read_token
+from conformance.engine.world_protocol import Examine, read_token
 from conformance.suite.cells import Plan, PlannedCell, Unsupported
 from conformance.suite.kernels import wanted_kernels
 from conformance.suite.options import Launched, Options
+from conformance.suite.seats import seats_of
 from conformance.verdicts import ExitCode
 
 
@@ -34,10 +35,13 @@ def gather(options: Options) -> tuple[Options, World]:
     except WorldError as error:
         pytest.exit(f"launched world: {error}", returncode=ExitCode.INFRASTRUCTURE)
     launched = Launched(world.world_size, world.nodes, world.hosts)
+    _say(f"{launched.text} are there; looking at {', '.join(world.hosts)}")
+    names = (*options.backends, *options.companions)
     # A real library counts ranks per host: the contract of every process of this run must know how many there are.
     os.environ[HOSTS_VARIABLE] = str(len(launched.hosts))
     try:
-        return fitted(options, launched), world
+        request = Examine(options.device, options.arch, names, options.transport, len(world.hosts), world.world_size)
+        return fitted(options, replace(launched, seats=seats_of(world, request))), world
     except BaseException:
         world.leave()
         raise

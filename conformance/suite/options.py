@@ -23,6 +23,7 @@ from conformance.engine.world_protocol import read_token, split_address
 from conformance.suite import preflight
 from conformance.suite.layer_plan import is_layer
 from conformance.suite.plan import DEFAULT_EP_SIZES
+from conformance.suite.seats import Seat
 from conformance.suite.waivers import Waiver, WaiverError, read_waivers
 from reference.catalogue import CatalogueError, ModelShape, architectures, model_shape, model_shapes
 
@@ -42,6 +43,7 @@ class Launched:
     ranks: int
     nodes: int  # that torchrun was given
     hosts: tuple[str, ...]
+    seats: tuple[Seat, ...] = ()  # what the agents say of their hosts, by rank
 
     def holds(self, world_size: int, nodes: int) -> bool:
         """Whether a cell runs there: on all ranks, and no node of its spans two of the world's."""
@@ -183,8 +185,8 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--capabilities",
         action="store_true",
-        help="run no cell: build and call every combination once in processes of its own, print and record what this "
-        "build can do on this machine",
+        help="run no cell: build and call every kernel type and operator once, plainly and with each wire, codec and "
+        "mode, in processes of its own; print and record what this build can do on this machine",
     )
     group.addoption("--replay", action="append", default=None, metavar="PATH", help="run exactly these recorded cases")
 

@@ -23,10 +23,14 @@ class PredicateError(ValueError):
 
 @dataclass(frozen=True)
 class Field:
-    """What a field holds: ``str``, ``int`` or ``bool``, and the values there are if they are few."""
+    """What a field holds: ``str``, ``int`` or ``bool``, and the values there are if they are few.
+
+    ``exact``: a wanted value is one of the choices, not a pattern that some of them match.
+    """
 
     kind: type
     choices: tuple[str, ...] = ()
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,8 @@ def _wanted(entry: Any, field: Field, place: str) -> Scalar | Range:
     if not isinstance(entry, str | int) or type(entry) is not field.kind:
         more = ", or { min = ..., max = ... }" if field.kind is int else ""
         raise PredicateError(f"{place} is {entry!r}; give {_NAMES[field.kind]}, a list of them{more}")
-    if field.choices and not any(fnmatchcase(choice, str(entry)) for choice in field.choices):
+    fits = entry in field.choices or (not field.exact and any(fnmatchcase(c, str(entry)) for c in field.choices))
+    if field.choices and not fits:
         raise PredicateError(f"{place} is {entry!r}; choose one of {', '.join(sorted(field.choices))}")
     return entry
 

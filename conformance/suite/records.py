@@ -83,6 +83,8 @@ class EndRecord(msgspec.Struct, tag="end"):
     seconds: float
     tokens: int
     classes: tuple[str, ...] = ()
+    expected: bool = False  # a waiver of the case says that it fails so
+    kernels: tuple[str, ...] = ()  # of combine, as the backend names what it launched
 
 
 class CellRecord(msgspec.Struct, tag="cell"):
@@ -114,6 +116,7 @@ class Capability(str, enum.Enum):
     HANGS = "hangs"
     NOT_BUILT = "not built"  # the library does not initialise, or lacks it
     UNKNOWN = "unknown"  # the harness or the machine failed
+    QUARANTINED = "quarantined"  # a waiver says that it is never launched
 
 
 class CapabilityRecord(msgspec.Struct, tag="capability"):
@@ -123,7 +126,7 @@ class CapabilityRecord(msgspec.Struct, tag="capability"):
     kernel_type: str
     world_size: int
     nodes: int
-    standing: str  # claimed, unclaimed or refused: what the contract says
+    standing: str  # claimed, unclaimed, refused, or refused in part (of some sizes): what the contract says
     state: Capability
     message: str = ""
     manner: str = ""  # wire format, combine codec and modes, where they are not plain

@@ -17,7 +17,7 @@ from rich.table import Table
 from conformance.cases import AnyCell, LayerCell
 from conformance.row_cases import RowCell
 from conformance.suite.records import BeginRecord, CellRecord, EndRecord, Record, RunRecord
-from conformance.suite.waiver_summary import print_waivers, stale_waivers
+from conformance.suite.waiver_summary import emptied_cells, print_waivers, stale_waivers
 from conformance.verdicts import PRODUCT_FAILURES, ExitCode, Verdict, exit_code
 
 #: Verdicts with which a test item does not fail.
@@ -58,7 +58,7 @@ class Totals:
     @property
     def exit_code(self) -> ExitCode:
         """Exit code of the run."""
-        stale = bool(stale_waivers(self.run, self.cells))
+        stale = bool(stale_waivers(self.run, self.cells) or emptied_cells(self.cells))
         return exit_code(self.verdicts, lost_worker=self.ended.lost_worker, stale_waivers=stale)
 
 
@@ -101,7 +101,8 @@ def _count_cut_off(totals: Totals, begun: dict[tuple[str, str], BeginRecord]) ->
     judged = {c.label for c in totals.cells if c.verdict is not Verdict.NOT_RUN}
     unclaimed = totals.run.unclaimed if totals.run else ()
     for end in totals.ends:
-        gates = end.origin in ("generated", "replay") and end.verdict in PRODUCT_FAILURES
+        gating = end.origin in ("generated", "replay") or (end.origin == "waived" and not end.expected)
+        gates = gating and end.verdict in PRODUCT_FAILURES
         if not gates or end.cell in judged or end.cell in unclaimed or (end.cell, end.case_id) not in begun:
             continue
         judged.add(end.cell)

@@ -51,6 +51,8 @@ class Share:
         waiver = self.waiver
         if waiver.quarantine:
             what = "never launched" if waiver.whole else f"{len(self.avoided)} drawn cases were not launched"
+            if waiver.ends_world:
+                what += f", because {waiver.expectation} may end the launched world"
         elif not self.sampled:
             what = "none of the drawn cases is covered"
         else:
@@ -66,6 +68,7 @@ class Watch:
     def __init__(self, waivers: Iterable[Waiver], cell: AnyCell) -> None:
         self.shares = [Share(waiver) for waiver in waivers if waiver.covers_cell(cell)]
         self.classes: set[str] = set()  # that the cases which were taken out had
+        self.emptied = False  # nothing was left to be run but samples
         self._known: dict[str, list[Share]] = {}
 
     @property
@@ -119,15 +122,29 @@ class Watch:
             if share.waiver.expects(outcome):
                 share.failed += 1
                 share.settled |= outcome.verdict in (Verdict.CRASH, Verdict.HANG)
-        return outcome.passed or any(share.waiver.expects(outcome) for share in covering)
+        return outcome.passed or self.expects(case, outcome)
+
+    def expects(self, case: AnyCase, outcome: Outcome) -> bool:
+        """Whether a waiver of the case says that it fails so."""
+        return any(share.waiver.expects(outcome) for share in self._covering(case))
 
     @property
     def verdict(self) -> Verdict:
-        """Verdict of a cell whose other cases pass: an unexpected pass outranks a failure as expected."""
+        """Verdict of a cell whose other cases pass: an unexpected pass outranks a failure as expected.
+
+        Where there are no other cases, a cell of which nothing failed as said is quarantined or mistrusted, not passed.
+        """
         if self.quarantine is not None:
             return Verdict.QUARANTINED
+        taking = [share for share in self.shares if share.avoided]
         seen = {share.verdict for share in self.shares}
-        return next((v for v in (Verdict.XPASS, Verdict.XFAIL) if v in seen), Verdict.PASS)
+        for verdict in (Verdict.XPASS, Verdict.XFAIL):
+            if verdict in seen:
+                return verdict
+        if not self.emptied or not taking:
+            return Verdict.PASS
+        barred = any(share.waiver.quarantine for share in taking)
+        return Verdict.QUARANTINED if barred else Verdict.MISTRUSTED
 
     def told(self) -> str:
         """What the waivers did, those that the verdict comes from first."""

@@ -35,6 +35,11 @@ def stale_waivers(run: RunRecord | None, cells: Sequence[CellRecord]) -> dict[in
     return found
 
 
+def emptied_cells(cells: Sequence[CellRecord]) -> list[CellRecord]:
+    """Cells of which waivers left nothing to be drawn, and in which nothing failed as they say."""
+    return [c for c in cells if 0 < c.planned <= c.lacking and c.verdict is not Verdict.XFAIL]
+
+
 def print_waivers(run: RunRecord, cells: Sequence[CellRecord], console: Console) -> None:
     """A line for the first cells that are not what they would be without waivers, then one for every entry."""
     for verdict in (Verdict.XPASS, Verdict.XFAIL, Verdict.QUARANTINED):
@@ -51,6 +56,13 @@ def print_waivers(run: RunRecord, cells: Sequence[CellRecord], console: Console)
             f"WAIVED: {len(lacking)} cells lack {missing} of {budget} cases, because what they draw is waived",
             soft_wrap=True,
         )
+    if emptied := emptied_cells(cells):
+        console.print(
+            f"WAIVED: nothing is left to be drawn of {len(emptied)} cells, first {emptied[0].label}; narrow a waiver's "
+            "case table, or leave it out if these cells are meant as a whole",
+            markup=False,
+            soft_wrap=True,
+        )
     stale = stale_waivers(run, cells)
     for waiver in run.waivers:
         name = f"waiver {waiver.entry} ({waiver.issue})"
@@ -60,6 +72,7 @@ def print_waivers(run: RunRecord, cells: Sequence[CellRecord], console: Console)
             text = f"{name}: not applied: {waiver.detail}"
         else:
             text = f"{name}: {_totals(waiver.cells, [w for c in cells for w in c.waived if w.entry == waiver.entry])}"
+            text += f", {waiver.detail}" if waiver.detail else ""
         console.print(f"{text}: {waiver.reason}", markup=False, soft_wrap=True)
 
 

@@ -13,15 +13,17 @@ A waiver is an entry of a TOML file (``--waivers FILE``)::
     quarantine = true                                         # optional, in the place of expect: never launched
 
 Cases that a waiver is about are taken out of what the property draws; everything else it draws stays and gates. A few
-of what was taken out are run: they must fail as said. What a waiver never does: excuse another verdict or check, or a
-failure of what the results are judged by.
+of what was taken out are run: they must fail as said. On a launched world what would end it is quarantined. What a
+waiver never does: excuse another verdict or check, or a failure of what the results are judged by.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,9 +39,14 @@ _ISSUE = re.compile(r"https?://[^\s/]+/\S+|[\w.-]+/[\w.-]+#\d+")
 _KEYS = ("issue", "reason", "cell", "case", "expect", "run", "intermittent", "quarantine")
 _RUN = {name: Field(str) for name in ("arch", "device", "tier", "transport")}
 _EXPECT = {
-    "verdict": Field(str, tuple(sorted(v.value for v in PRODUCT_FAILURES))),
+    "verdict": Field(str, tuple(sorted(v.value for v in PRODUCT_FAILURES)), exact=True),
     "check": Field(str),
 }
+#: Begins the check of an exception; its type follows.
+_RAISED = "raised."
+#: The only check of a hang.
+_HANG = "hang"
+_GLOB = "*?["
 
 
 class RunFacts(Protocol):
@@ -53,6 +60,8 @@ class RunFacts(Protocol):
     def tier(self) -> str: ...
     @property
     def transport(self) -> str: ...
+    @property
+    def launched(self) -> object | None: ...
 
 
 class WaiverError(ValueError):
@@ -113,14 +122,23 @@ class Waiver:
         said: dict[str, object] = {"verdict": outcome.verdict.value, "check": outcome.check}
         return not self.quarantine and not outcome.passed and self.expect.holds(said.__getitem__)
 
+    @property
+    def ends_world(self) -> bool:
+        """Whether a failure as expected may end a launched world: ranks die, or wait for one that raised."""
+        wanted = {str(wanted) for condition in self.expect.conditions for wanted in condition.wanted}
+        return any(w in (Verdict.CRASH.value, Verdict.HANG.value) or w.startswith(_RAISED) for w in wanted)
+
     def in_force(self, run: RunFacts) -> bool:
         """Whether it is about runs like this."""
         return self.run.holds(lambda name: getattr(run, name))
 
 
 def in_force(waivers: Iterable[Waiver], run: RunFacts) -> tuple[Waiver, ...]:
-    """The waivers that are about runs like this."""
-    return tuple(waiver for waiver in waivers if waiver.in_force(run))
+    """The waivers that are about runs like this; on a launched world, what would end it is never launched."""
+    taken = tuple(waiver for waiver in waivers if waiver.in_force(run))
+    if run.launched is None:
+        return taken
+    return tuple(replace(w, quarantine=True, intermittent=False) if w.ends_world else w for w in taken)
 
 
 def forbidden(waivers: Iterable[Waiver], case: AnyCase, outcome: Outcome) -> bool:
@@ -199,17 +217,55 @@ def _expectation(entry: dict[str, Any], *, quarantine: bool, intermittent: bool)
         raise PredicateError(
             "expect has no verdict; say how it fails, such as expect = { verdict = 'FAIL', check = 'combine.output' }"
         )
-    if Verdict.FAIL.value in verdicts and not checks:
-        raise PredicateError("expect has verdict FAIL and no check; name the check that fails, such as combine.output")
-    if verdicts == [Verdict.FAIL.value]:
-        _known_checks(checks)
+    for verdict in verdicts:
+        if verdict != Verdict.HANG.value and not checks:
+            raise PredicateError(f"expect has verdict {verdict} and no check; name {_ASKED[verdict]}")
+    for check in checks:
+        _known_check(check, verdicts)
+    for verdict in verdicts if checks else ():
+        if not any(_verdict_of(check) == verdict for check in checks):
+            raise PredicateError(f"expect has verdict {verdict} and no check of it; name {_ASKED[verdict]}, too")
     return expect
 
 
-def _known_checks(checks: Sequence[str]) -> None:
-    """Refuse a check that no rank makes; an exception's is ``raised.`` and its type."""
-    for check in checks:
-        if check in ("*", "?*") or not check.strip("*?."):
-            raise PredicateError(f"expect.check is {check!r}, which excuses every failure; name the check that fails")
-        if not any(letter in check for letter in "*?") and not check.startswith("raised."):
-            known(check, (*CHECKS, "raised.<type of the exception>"), "expect.check")
+_ASKED = {
+    Verdict.FAIL.value: "the check that fails, such as combine.output",
+    Verdict.CRASH.value: "how it dies as its check, such as SIGSEGV or 'exit code 1'",
+    Verdict.HANG.value: f"its check, {_HANG}",
+}
+
+
+def _verdict_of(check: str) -> str:
+    """Verdict that a failure of this check has."""
+    if check == _HANG:
+        return Verdict.HANG.value
+    died = check in {s.name for s in signal.Signals} or re.fullmatch(r"(signal|exit code) \d+", check)
+    return Verdict.CRASH.value if died else Verdict.FAIL.value
+
+
+def _known_check(check: str, verdicts: Sequence[str]) -> None:
+    """Refuse a check that no rank makes, that no wanted verdict has, or that stands for unlike ones.
+
+    An exception's is ``raised.`` and its type; a crash's is its signal or exit code.
+    """
+    place, verdict = "expect.check", _verdict_of(check)
+    if verdict not in verdicts:
+        raise PredicateError(f"{place} is {check!r}, which no {' or '.join(verdicts)} has; name {_ASKED[verdicts[0]]}")
+    if verdict != Verdict.FAIL.value:
+        return
+    if check.startswith(_RAISED):
+        if not check.removeprefix(_RAISED).strip(_GLOB):
+            raise PredicateError(f"{place} is {check!r}, which excuses every exception; name its type")
+        return
+    if not any(letter in check for letter in _GLOB):
+        known(check, (*CHECKS, f"{_RAISED}<type of the exception>"), place)
+        return
+    # replay.dispatch.* is one group of checks, replay.* is not.
+    groups = sorted({c.rpartition(".")[0] for c in CHECKS if fnmatchcase(c, check)})
+    if not groups:
+        raise PredicateError(f"{place} is {check!r}, which no check matches; name one, such as combine.output")
+    if len(groups) > 1 or any(letter in check.partition(".")[0] for letter in _GLOB):
+        raise PredicateError(
+            f"{place} is {check!r}, which excuses failures of {', '.join(groups)}; name the check that fails, or those "
+            f"of one group, such as {groups[0]}.*"
+        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,6 +17,8 @@ import torch
 from accelerated.contract import Standing
 from accelerated.mori_ep import calls, contract, launch
 from accelerated.mori_ep.adapter import MoriOperation, MoriSession
+from accelerated.standin.mori_ep.codecs import Codec, kernel_name
+from accelerated.standin.mori_ep.config import EpDispatchCombineConfig, recv_capacity
 from reference.catalogue import KERNEL_TYPES, architecture
 from reference.problem import MODES, Problem, ProblemError, wire_format
 
@@ -87,13 +90,65 @@ def test_a_codec_is_ignored_without_a_word_for_zero_copy() -> None:
     assert not contract.contract(replace(DEEPSEEK, modes=("weightless",)), "IntraNode", "gfx942").combines_weights
 
 
-@pytest.mark.parametrize(("mode", "cap"), [("capped", 8 * 127 + 1), ("capped above", 2 * 8 * 128), ("weightless", 0)])
-def test_caps_leave_room_for_every_routing(mode: str, cap: int) -> None:
-    problem = replace(DEEPSEEK, modes=(mode,))
-    assert calls.receive_cap(problem) == cap
-    assert launch.config_arguments(problem, "IntraNode", "gfx950", 0)["max_total_recv_tokens"] == cap
-    if cap:
-        assert 8 * min(-(-cap // 8), 128) == 8 * 128, "as the library reads it"
+@pytest.mark.parametrize("tokens", [1, 2, 5, 128])
+@pytest.mark.parametrize("mode", ["capped", "capped above", "weightless"])
+def test_caps_take_effect_and_leave_room_for_what_may_be_sent(mode: str, tokens: int) -> None:
+    problem = replace(DEEPSEEK, capacity=tokens, modes=(mode,))
+    cap = launch.config_arguments(problem, "InterNodeV1", "gfx950", 0)["max_total_recv_tokens"]
+    assert isinstance(cap, int)
+    assert cap == calls.receive_cap(problem)
+    assert (cap > 0) == mode.startswith("capped")
+    most = -(-tokens // 2) if mode == "capped" else tokens
+    # The library's own reading, and the double's, which shares no code with it.
+    read = 8 * (min(-(-min(cap, 8 * tokens) // 8), tokens) if cap else tokens)
+    config = SimpleNamespace(max_num_inp_token_per_rank=tokens, world_size=8, max_total_recv_tokens=cap)
+    assert recv_capacity(cast("EpDispatchCombineConfig", config)) == read == 8 * most == problem.most_rows
+    assert problem.most_tokens == most
+
+
+def test_a_cap_runs_where_combine_stages_nothing_in_what_it_makes_smaller() -> None:
+    for kernel_type in KERNEL_TYPES:
+        alone = contract.support(replace(DEEPSEEK, modes=("capped",)), kernel_type, "gfx950")
+        beside = contract.support(replace(DEEPSEEK, modes=("zero-copy", "capped")), kernel_type, "gfx950")
+        pushes = kernel_type in ("IntraNode", "IntraNodeLL")
+        assert alone.standing is (Standing.REFUSED if pushes else Standing.UNCLAIMED)
+        assert beside.standing is (Standing.UNCLAIMED if pushes else Standing.REFUSED)
+        assert ("use zero-copy" in alone.reason) == pushes
+        above = contract.support(replace(DEEPSEEK, modes=("capped above",)), kernel_type, "gfx950")
+        assert above.standing is Standing.CLAIMED
+        mapped = contract.contract(replace(DEEPSEEK, modes=("capped",)), kernel_type, "gfx950").source_map
+        assert mapped == (kernel_type != "InterNode"), "its map is decoded with another stride"
+
+
+@pytest.mark.parametrize("codec", ["fp8_blockwise", "fp4_blockwise"])
+def test_kernels_of_combine_are_those_that_the_double_derives_apart(codec: str) -> None:
+    seen = set()
+    for hidden, blocks, top_k, world_size, modes in product(
+        (512, 1024, 1536, 768), (1, 2, 4, 8), (7, 8, 9), (4, 8), ((), ("weightless",))
+    ):
+        problem = Problem(world_size, hidden, 32, top_k, 8, codec=codec, scale_dim=blocks, modes=modes)
+        for kernel_type in ("IntraNode", "IntraNodeLL", "AsyncLL"):
+            declared = contract.contract(problem, kernel_type, "gfx950").kernels
+            if kernel_type == "AsyncLL":
+                assert declared is None
+                continue
+            assert declared is not None
+            for row in (hidden, hidden // 2, hidden - 512, 64):
+                name, fast = kernel_name(Codec(codec, torch.float8_e4m3fn, blocks), row, top_k, world_size, not modes)
+                if row > 0:
+                    assert declared.of(row) == name
+                    assert (row in calls.fast_rows(problem, kernel_type)) == fast
+                    seen.add(name)
+    assert len(seen) == 5, "the generic one, and two widths by two numbers of slots"
+    plain = contract.contract(replace(DEEPSEEK, codec="fp8_direct_cast"), "IntraNode", "gfx950")
+    assert plain.kernels is None
+
+
+def test_async_adds_up_fast_with_weights_and_on_any_number_of_ranks() -> None:
+    problem = Problem(2, 1024, 32, 8, 8, codec="fp8_blockwise", scale_dim=8)
+    assert calls.fast_rows(problem, "AsyncLL") == (1024,), "the width is rounded down, and the row is the whole one"
+    assert calls.fast_rows(replace(problem, top_k=7), "AsyncLL") == ()
+    assert calls.fast_rows(replace(problem, scale_dim=4), "AsyncLL") == tuple(range(512, 516, 8))
 
 
 def test_configuration_follows_codec_and_modes() -> None:
@@ -153,10 +208,10 @@ class _Op:
         return self.buffer[:, :hidden]
 
 
-def operation(*modes: str) -> tuple[MoriOperation, _Op]:
-    problem = Problem(1, 8, 4, 2, 5, modes=modes)
+def operation(*modes: str, kernel_type: str = "IntraNode", **manner: Any) -> tuple[MoriOperation, _Op]:
+    problem = Problem(1, 8, 4, 2, 5, modes=modes, **manner)
     op = _Op()
-    return MoriOperation(cast("MoriSession", SimpleNamespace()), op, problem, "IntraNode"), op
+    return MoriOperation(cast("MoriSession", SimpleNamespace()), op, problem, kernel_type), op
 
 
 def given(hidden: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -181,6 +236,33 @@ def test_zero_copy_takes_rows_from_the_registered_buffer_only() -> None:
         with pytest.raises(ValueError, match="of another length or type"):
             made.finalize(wrong, received)
     made.finalize(received.buffer, received)
+
+
+def test_no_more_tokens_are_dispatched_than_a_cap_leaves_room_for() -> None:
+    made, _ = operation("capped")
+    received = made.prepare(*given())
+    made.finalize(received.rows, received)
+    rows, ids, weights = (torch.cat([one, one[:1]]) for one in given())
+    with pytest.raises(ValueError, match="do not fit capacity 3"):
+        made.prepare(rows, ids, weights)
+    legacy = operation("capped", kernel_type="InterNode")[0].prepare(*given())
+    assert legacy.source_map is None, "its stride is not the one that the library decodes it with"
+
+
+def test_the_kernel_of_combine_is_named_where_the_library_names_it() -> None:
+    for manner, kernel_type, named in (
+        ({"codec": "fp8_blockwise", "scale_dim": 2}, "IntraNode", True),
+        ({"codec": "fp8_blockwise", "scale_dim": 2}, "AsyncLL", False),
+        ({"codec": "fp8_direct_cast"}, "IntraNode", False),
+        ({}, "IntraNode", False),
+    ):
+        made, op = operation(kernel_type=kernel_type, **manner)
+        op.dispatch_recv = op.combine_recv = lambda: None  # type: ignore[attr-defined]
+        for told in ("", "a kernel"):
+            if told:
+                op._last_combine_kernel_name = told  # type: ignore[attr-defined]
+            received = made.prepare(*given())
+            assert made.finalize(received.rows, received).kernel == (told if named else "")
 
 
 def test_a_handle_is_replayed_and_has_the_source_map() -> None:

@@ -55,6 +55,12 @@ def test_every_use_has_a_place_and_every_place_a_use(capsys: pytest.CaptureFixtu
         ),
         ("routing.cur_rank_num_token", "EpDispatchRoutingHandle.cur_rank_num_token, used in more.py:1: no place"),
         ("os.environ['MORI_SHMEM_MODE'] = 'isolation'", "environment MORI_SHMEM_MODE, used in more.py:1: no place"),
+        ("def f(mode='MORI_SHMEM_MODE'): ...", "environment MORI_SHMEM_MODE, used in more.py:1: no place"),
+        ("def f(*, op=library.ops.Made()): ...", "mori.ops:Made, used in more.py:1: no place"),
+        ("@library.ops.traced\ndef f(): ...", "mori.ops:traced, used in more.py:1: no place"),
+        ("got = op.dispatch(a, b, c, d)\ngot[6]", "dispatch [6], used in more.py:2: no place"),
+        ("op.dispatch(a, b, c, d)[6]", "dispatch [6], used in more.py:1: no place"),
+        ("one, *others = op.dispatch(a, b, c, d)\nothers[5]", "dispatch [6], used in more.py:2: no place"),
         ("x = 1  # counters are cleared here (intranode.hpp:7,121)", "cited intranode.hpp:7, used in more.py:1"),
     ],
 )
@@ -74,6 +80,12 @@ def test_a_use_without_a_place_is_reported(body: str, words: str) -> None:
         "def f(library: MoriLibrary) -> None:\n    return library.ops",
         "op.dispatch(a, b, c, d, **asked_for())",
         "op.dispatch(a, *rest)",
+        "def f(made=library.ops.Made): ...",
+        "got = op.dispatch(a, b, c, d)\ngot[i]",
+        "got = op.dispatch(a, b, c, d)\nhelper(got)",
+        "def f(op):\n    return op.dispatch(a, b, c, d)",
+        "one, *others = op.dispatch(a, b, c, d)\nfor other in others: ...",
+        "*some, last = op.dispatch(a, b, c, d)",
     ],
 )
 def test_what_cannot_be_followed_is_an_error(body: str) -> None:

@@ -6,11 +6,13 @@ GPUs of other hosts.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -18,11 +20,21 @@ from multiprocessing.connection import Connection
 import pytest
 
 from conformance import __version__
+from conformance.engine import callers as callers_module
 from conformance.engine import world as world_module
-from conformance.engine.driver import Driver, InfraError, WorldEndedError
+from conformance.engine.driver import Driver, InfraError, StartError, WorldEndedError
 from conformance.engine.pool import Reply
-from conformance.engine.world import LaunchedPool, World, WorldError
-from conformance.engine.world_protocol import AuthenticationError, Hello, authenticate, connection_of
+from conformance.engine.world import LaunchedPool, Member, World, WorldError
+from conformance.engine.world_protocol import (
+    SILENT_HOST_S,
+    AuthenticationError,
+    Examine,
+    Hello,
+    ToAgent,
+    authenticate,
+    connection_of,
+    send,
+)
 from conformance.selftest.engine.agents import TOKEN, agents, free_address, torchruns
 from conformance.selftest.engine.backends import MODULE, Defect
 from conformance.selftest.engine.helpers import ORPHAN_LIMIT_S, alive, case, cell, children, descendants, wait_until
@@ -33,13 +45,13 @@ GOOD = case(cell(world_size=2))
 
 @contextmanager
 def driven(
-    *, launcher: object = agents, nodes: int = 2, per_node: int = 1
+    *, launcher: object = agents, nodes: int = 2, per_node: int = 1, backend: str = "Defective"
 ) -> Iterator[tuple[Driver, World, list[subprocess.Popen[bytes]]]]:
     """A driver on a launched world."""
     address = free_address()
     with launcher(address, nodes, per_node) as started:  # type: ignore[operator]
         world = World.gather(address, TOKEN.encode(), limit_s=60)
-        driver = Driver(f"{MODULE}:Defective", world=world)
+        driver = Driver(f"{MODULE}:{backend}", world=world)
         try:
             yield driver, world, started
         finally:
@@ -107,6 +119,32 @@ def test_a_lost_agent_is_infrastructure(lost: str, monkeypatch: pytest.MonkeyPat
         assert "an agent is gone" in world.ended
 
 
+def test_an_agent_that_takes_no_message_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with driven() as (driver, world, _):
+        assert driver.run(GOOD).passed
+        deaf = world.members[1].connection
+
+        def sent(connection: Connection, message: ToAgent) -> None:
+            if connection is deaf:
+                raise TimeoutError(11, "Resource temporarily unavailable")
+            send(connection, message)
+
+        monkeypatch.setattr(world_module, "send", sent)
+        begun = time.monotonic()
+        with pytest.raises(InfraError, match=r"rank 1 on .*: it takes no message"):
+            driver.run(case(cell(world_size=2), seed=1), limit_s=40)
+        assert time.monotonic() - begun < 20
+
+
+def test_ranks_that_had_to_be_killed_end_the_world() -> None:
+    with driven(backend="RaisesAtOpen") as (driver, world, _):
+        with pytest.raises(StartError, match="does not like these ids"):
+            driver.run(case(cell("RaisesAtOpen", world_size=2)))
+        assert "had to be killed" in world.ended
+        with pytest.raises(WorldEndedError, match="start its agents again"):
+            driver.run(case(cell("RaisesAtOpen", world_size=2)))
+
+
 def test_ranks_end_with_the_torchrun_that_started_them() -> None:
     with driven(launcher=torchruns) as (driver, world, started):
         assert driver.run(GOOD).passed
@@ -141,6 +179,101 @@ def test_a_world_that_does_not_come_together_names_the_ranks() -> None:
     address = free_address()
     with agents(address, 2, 2, count=3), pytest.raises(WorldError, match=r"3 of 4 agents .* not those of ranks 3"):
         World.gather(address, TOKEN.encode(), limit_s=5)
+
+
+def test_callers_that_say_nothing_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callers_module, "CALLER_LIMIT_S", 1.0)
+    address = free_address()
+    host, port = address.split(":")
+    silent: list[socket.socket] = []
+    ready = threading.Event()
+
+    def call_idly() -> None:
+        for _ in range(400):
+            try:
+                silent.append(socket.create_connection((host, int(port))))
+            except OSError:
+                time.sleep(0.02)
+            if len(silent) == 3:
+                return ready.set()
+
+    caller = threading.Thread(target=call_idly)
+    caller.start()
+    begun = time.monotonic()
+    with pytest.raises(WorldError, match=r"no agent called .* within 3 s; the last caller was refused"):
+        World.gather(address, TOKEN.encode(), limit_s=3)
+    assert time.monotonic() - begun < 6
+    caller.join()
+    assert ready.is_set()
+    for made in silent:
+        made.settimeout(5)
+        while made.recv(1 << 16):  # until the driver hung up
+            pass
+        made.close()
+
+
+def test_an_agent_is_heard_beside_callers_that_say_nothing() -> None:
+    address = free_address()
+    host, port = address.split(":")
+    called: list[Connection | socket.socket] = []
+
+    def calling() -> None:
+        from conformance.agent import call
+
+        wait_until(lambda: _connects(called, host, int(port)), 10)
+        called.append(call(address, TOKEN.encode(), hello(world_size=1), 10))
+
+    caller = threading.Thread(target=calling)
+    caller.start()
+    begun = time.monotonic()
+    world = World.gather(address, TOKEN.encode(), limit_s=40)
+    assert time.monotonic() - begun < callers_module.CALLER_LIMIT_S
+    caller.join()
+    world.leave()
+    for connection in called:
+        connection.close()
+
+
+def _connects(made: list[Connection | socket.socket], host: str, port: int) -> bool:
+    """Connect once somebody listens, and say nothing."""
+    with contextlib.suppress(ConnectionRefusedError):
+        made.append(socket.create_connection((host, port)))
+    return bool(made)
+
+
+def test_a_host_that_falls_silent_is_noticed_within_the_limit() -> None:
+    for end in (connection_of(end, limited=limited) for end, limited in zip(_pair(), (True, False), strict=True)):
+        with end, socket.socket(fileno=os.dup(end.fileno())) as made:
+            idle, interval, probes = (
+                made.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+            assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert idle + probes * interval <= SILENT_HOST_S
+            assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == SILENT_HOST_S * 1000
+
+
+def test_nobody_waits_for_the_compiler_of_an_agent_that_is_gone() -> None:
+    left, right = (connection_of(end, limited=True) for end in _pair())
+    world = World([Member(hello(world_size=1), left, lost="it is gone")])
+    failed: list[str] = []
+    asking = threading.Thread(target=lambda: failed.extend(world.compile(["IntraNode"], here="b")), daemon=True)
+    asking.start()
+    asking.join(5)
+    assert failed == ["rank 0 on a: it is gone"]
+    for end in (left, right):
+        end.close()
+
+
+def test_every_agent_says_what_its_host_is_and_one_of_a_host_checks_it() -> None:
+    with driven() as (driver, world, _):
+        first, second = world.examine(Examine("cpu", "gfx942", ("mori",), "p2p", 1, 2))
+        assert first.fingerprint == second.fingerprint != {}
+        assert not first.error
+        assert not second.error
+        assert any("mori is not installed" in what for what, _ in first.findings)
+        assert second.findings == ()
+        assert driver.run(GOOD).passed
 
 
 def hello(**change: object) -> Hello:

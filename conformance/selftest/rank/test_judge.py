@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from accelerated.contract import Contract, MaskedSlots, ReceiveLayout, RowOrder
+from accelerated.contract import CombineKernels, Contract, MaskedSlots, ReceiveLayout, RowOrder
 from conformance.engine.protocol import Mismatch
 from conformance.rank.inputs import Inputs, row_tags
 from conformance.rank.judge import (
@@ -23,6 +23,7 @@ from conformance.rank.judge import (
     judge_combine,
     judge_dispatch,
     judge_inputs,
+    judge_kernel,
     same_bits,
 )
 from reference.intervals import Interval
@@ -344,3 +345,30 @@ def test_changed_input_scales_are_named() -> None:
     found = judge_inputs(ROUND, handed, pristine)
     assert found is not None
     assert "input scales" in found.message
+
+
+def test_the_room_of_received_tensors_is_the_promised_one() -> None:
+    one = a_round()
+    for room, check in ((None, None), (ROOM, None), (2 * ROOM, "dispatch.room"), (ROOM - 1, "dispatch.room")):
+        found = replace(one, rows=replace(one.rows, room=room)).judge()
+        assert (found.check if found else None) == check
+    found = replace(one, rows=replace(one.rows, room=2 * ROOM)).judge()
+    assert found is not None
+    assert (found.got, found.wanted) == (str(ROOM), str(2 * ROOM))
+
+
+def test_the_kernel_that_ran_is_the_contract_s() -> None:
+    seen = a_round().seen  # its output has rows of three elements
+    for fast, kernel, right in (
+        ((), "", True),
+        ((), "generic", True),
+        ((), "fast", False),
+        (((3, "fast"),), "fast", True),
+        (((3, "fast"),), "generic", False),
+        (((4, "fast"),), "fast", False),
+    ):
+        declared = replace(contract(), kernels=CombineKernels("generic", fast))
+        found = judge_kernel(ROUND, replace(seen, kernel=kernel), declared)
+        assert (found is None) == right
+        assert found is None or found.check == "combine.kernel"
+    assert judge_kernel(ROUND, replace(seen, kernel="any"), contract()) is None, "the contract names none"

@@ -8,6 +8,7 @@ from accelerated.contract import Standing, Support
 from accelerated.reference_backend import ReferenceOperation, ReferenceSession
 from conformance.selftest.engine.backends import (
     ExchangeBackend,
+    RaisesAtClose,
     raise_value_error,
     read_address_zero,
     wait_in_python,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from accelerated.interface import RankContext, Received
 
 NAME = "conformance.selftest.suite.capable_backend:Capable"
+LEAVES_BADLY = "conformance.selftest.suite.capable_backend:LeavesBadly"
 ABSENT = "conformance.selftest.suite.capable_backend:Absent"
 
 
@@ -26,7 +28,16 @@ def import_what_is_not_there() -> None:
     raise ImportError("no kernel of that name in this build")
 
 
-AT_BUILD = {"refuses": raise_value_error, "lacks": import_what_is_not_there, "dies": read_address_zero}
+def use_what_is_none() -> None:
+    raise AttributeError("'NoneType' object has no attribute 'data_ptr'")
+
+
+AT_BUILD = {
+    "refuses": raise_value_error,
+    "lacks": import_what_is_not_there,
+    "stumbles": use_what_is_none,
+    "dies": read_address_zero,
+}
 
 
 class _LosesARow(ReferenceOperation):
@@ -64,6 +75,14 @@ class Capable(ExchangeBackend):
 
     def open(self, context: RankContext) -> ReferenceSession:
         return _Session(context)
+
+
+class LeavesBadly(RaisesAtClose):
+    """Unclaimed, and its library does not finalise."""
+
+    def support(self, problem: Any, kernel_type: str) -> Support:
+        plain = not problem.wire and not problem.codec and not problem.modes and problem.nodes == 1
+        return Support(Standing.UNCLAIMED) if plain else Support(Standing.REFUSED, "plain calls on one node only")
 
 
 class Absent(Capable):

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from accelerated.contract import Standing
+from accelerated.interface import Backend
 from accelerated.registry import backend
 from conformance.cases import Cell
-from conformance.suite.call_matrix import CHOICES, covered, refusals, show
+from conformance.suite.call_matrix import CHOICES, covered, main, newest, refusals, show
 from conformance.suite.call_plan import CODECS, DTYPES, SHAPES, WAYS, WIRES, Choice, call_cells, covering, pairs_of
 from conformance.suite.cells import PlannedCell, Unsupported
-from conformance.suite.records import CellRecord, EndRecord, Record, RunRecord
+from conformance.suite.records import CellRecord, EndRecord, Record, RecordWriter, RunRecord
 from conformance.verdicts import Verdict
 from reference.catalogue import KERNEL_TYPES
 from reference.problem import ProblemError
 
-PLACES = [(2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)]
+#: Four nodes as of a launched world: more than the slots of the plainest layer.
+PLACES = [(2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2), (8, 4)]
 
 
 def planned(
@@ -35,13 +38,24 @@ def planned(
     return cells, [one for one in found if isinstance(one, Unsupported)]
 
 
+def runs(choice: Choice, made: Backend) -> bool:
+    try:
+        problem = choice.cell("mori-standin").problem()
+    except ProblemError:
+        return False
+    return made.support(problem, choice.kernel_type).standing is not Standing.REFUSED
+
+
 def values_of(cell: Cell) -> dict[str, object]:
     return {name: value(cell) for name, value in CHOICES.items()}
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 def test_every_pair_that_runs_occurs(arch: str) -> None:
-    """Against every combination of two choices with the others plain, and codecs only where they are carried out."""
+    """Against every combination of two choices with the others plain, on the first sizes on which it runs.
+
+    Codecs count only where they are carried out.
+    """
     made = backend("mori-standin", arch)
     cells, _ = planned(arch)
     seen = set()
@@ -53,14 +67,11 @@ def test_every_pair_that_runs_occurs(arch: str) -> None:
         for left, right in combinations((("wire", WIRES), ("codec", CODECS), ("way", WAYS), ("dtype", DTYPES)), 2):
             for one, other in product(left[1], right[1]):
                 named: dict[str, Any] = {left[0]: one, right[0]: other}
-                choice = Choice(kernel_type, place, **named)
+                shaped = [Choice(kernel_type, place, shape=shape, **named) for shape in SHAPES]
+                choice = next((choice for choice in shaped if runs(choice, made)), None)
+                if choice is None or not choice.special:
+                    continue
                 cell = choice.cell("mori-standin")
-                try:
-                    support = made.support(cell.problem(), kernel_type)
-                except ProblemError:
-                    continue
-                if support.standing is Standing.REFUSED or not choice.special:
-                    continue
                 if made.contract(cell.problem(), kernel_type).ignored_codec:
                     continue
                 held = values_of(cell)
@@ -137,6 +148,8 @@ def test_refusals_name_their_reason_once() -> None:
     reasons = {(one.kernel_type, one.reason.partition(":")[0]) for one in refused}
     assert ("IntraNode", "handle") in reasons
     assert {("InterNodeV1", "weightless"), ("AsyncLL", "zero-copy"), ("InterNodeV1", "fp8_blockwise")} <= reasons
+    assert ("IntraNode", "capped") in reasons
+    assert {one.manner for one in refused if one.nodes == 4 and one.kernel_type == "InterNodeV1"} >= {"zero-copy"}
     assert len({(one.kernel_type, one.world_size, one.nodes, one.reason) for one in refused}) == len(refused)
     assert all(len(one.reason) > 20 for one in refused)
 
@@ -149,6 +162,7 @@ def test_the_matrix_counts_distinct_cases() -> None:
         records.append(CellRecord(cell.label, cell, Verdict.PASS, True, False, 2, 2, 0.0, 0.0))
         records += [EndRecord(n, cell.label, "generated", Verdict.PASS, "", 0.0, 0.0, 1) for n in ("one", "two", "two")]
         records.append(EndRecord("three", cell.label, "reduction", Verdict.PASS, "", 0.0, 0.0, 1))
+        records.append(EndRecord("four", cell.label, "generated", Verdict.INFRA, "", 0.0, 0.0, 1))
     counts = covered(records)["kernel type", "mode"]
     assert {key: len(ids) for key, ids in counts.items()} == {
         (cell.kernel_type, ", ".join(cell.modes) or "plain"): 2 for cell in cells
@@ -156,3 +170,23 @@ def test_the_matrix_counts_distinct_cases() -> None:
     assert refusals(records) == {("IntraNode", "handle: no"): ["2 x 1"]}
     console = Console(record=True, width=200, quiet=True)
     show(records, console)
+
+
+def test_the_newest_run_that_planned_cells_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parent = tmp_path / ".conformance" / "records"
+    assert main([]) == 1
+    assert f"no records at {parent}, of a run that planned cells" in capsys.readouterr().err
+    (cell, *_), _ = planned()
+    for number, labels in enumerate([(cell.label,), ()]):
+        (parent / str(number)).mkdir(parents=True)
+        writer = RecordWriter(parent / str(number) / "controller.jsonl")
+        writer.write(RunRecord("0", "gate", ("b",), (), "cpu", "gfx942", {}, labels, ()))
+        writer.write(CellRecord(cell.label, cell, Verdict.PASS, True, False, 1, 1, 0.0, 0.0))
+        writer.write(EndRecord("one", cell.label, "generated", Verdict.PASS, "", 0.0, 0.0, 1))
+        writer.close()
+    assert newest(parent) == parent / "0", "a matrix of capabilities is no run"
+    assert main([]) == 0
+    assert cell.kernel_type in capsys.readouterr().out

@@ -28,6 +28,7 @@ STATES = {
     "answers wrongly": (Capability.WRONG, "dispatch.count"),
     "refuses": (Capability.REFUSED, "does not like these ids"),
     "lacks": (Capability.NOT_BUILT, "no kernel of that name"),
+    "stumbles": (Capability.REFUSED, "no attribute 'data_ptr'"),
     "dies": (Capability.CRASHES, "SIGSEGV during build"),
     "waits": (Capability.HANGS, "no answer during build"),
 }
@@ -118,6 +119,9 @@ def test_a_claim_that_is_not_kept_outranks_what_is_not_known() -> None:
     assert exit_code_of([runs, dies, unknown], ["b"]) is ExitCode.PRODUCT_FAILURE
     assert exit_code_of([runs, unknown], ["b"]) is ExitCode.INFRASTRUCTURE
     assert exit_code_of([runs, record(Capability.CRASHES, "unclaimed")], ["b"]) is ExitCode.OK
+    lacks = record(Capability.NOT_BUILT)
+    assert exit_code_of([runs, lacks], ["b"]) is ExitCode.PRODUCT_FAILURE, "the library is there"
+    assert exit_code_of([record(Capability.RUNS, backend="other"), lacks], ["b", "other"]) is ExitCode.INFRASTRUCTURE
     assert exit_code_of([runs, record(Capability.CRASHES, backend="other")], ["b"]) is ExitCode.OK
     assert exit_code_of([record(Capability.REFUSED, "refused")], ["b"]) is ExitCode.INCOMPLETE
 
@@ -125,7 +129,7 @@ def test_a_claim_that_is_not_kept_outranks_what_is_not_known() -> None:
 def test_a_missing_mori_is_in_the_matrix(tmp_path: Path) -> None:
     done = on_rocm(tmp_path, "--capabilities", "--backend", "mori", "--ep-sizes", "2", "--kernel-type", "IntraNode")
     assert done.code == ExitCode.INFRASTRUCTURE, done.text
-    found = [r for r in done.records if isinstance(r, CapabilityRecord) and r.nodes == 1]
+    found = [r for r in done.records if isinstance(r, CapabilityRecord) and r.standing in ("claimed", "unclaimed")]
     assert found
     assert {(r.state, r.tried) for r in found} == {(Capability.NOT_BUILT, False)}
     assert "mori is not installed for this Python" in done.text

@@ -51,6 +51,20 @@ def test_another_machine(
     assert f"--expect-arch is gfx950 and this is {seen};" in str(caught.value.msg)
 
 
+@pytest.mark.parametrize("name", ["HSA_OVERRIDE_GFX_VERSION", "HSA_OVERRIDE_GFX_VERSION_1"])
+def test_an_architecture_that_the_environment_makes_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "9.5.0")
+    with pytest.raises(pytest.exit.Exception) as caught:
+        fit(tmp_path, monkeypatch, MI355X)
+    assert caught.value.returncode == ExitCode.INFRASTRUCTURE
+    assert f"{name} is 9.5.0" in str(caught.value.msg)
+    assert "unset it" in str(caught.value.msg)
+    fit(tmp_path, monkeypatch, MI355X, expected="")
+    assert controller.fingerprint()[name] == "9.5.0"
+
+
 def test_a_stand_in_is_no_machine(tmp_path: Path) -> None:
     done = run(tmp_path / "out", "--backend", "mori-standin", "--arch", "gfx950", "--expect-arch", "gfx950")
     assert done.code == ExitCode.INFRASTRUCTURE, done.text

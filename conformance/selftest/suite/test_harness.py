@@ -6,6 +6,7 @@ Scope: the harness over a scripted driver, without rank processes. A pass does n
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from conformance.suite.cells import PlannedCell
 from conformance.suite.failure import ConformanceFailure
 from conformance.suite.harness import Harness
 from conformance.suite.options import Options
-from conformance.suite.records import BeginRecord, CellRecord, RecordWriter, read_records
+from conformance.suite.records import BeginRecord, CellRecord, EndRecord, RecordWriter, read_records
 from conformance.verdicts import Verdict
 
 GOOD = Outcome(Verdict.PASS)
@@ -106,6 +107,12 @@ def test_a_case_is_run_once_however_often_it_is_drawn(place: Path) -> None:
     driver = checked(place, lambda case, asked: GOOD)
     assert len(driver.asked) == len({case.id for case in driver.asked}) == record(place).distinct
     assert record(place).verdict is Verdict.PASS
+
+
+def test_records_name_the_kernels_that_ran(place: Path) -> None:
+    checked(place, lambda case, asked: replace(GOOD, kernels=("one", "other")))
+    ends = [r for r in read_records(place / "records") if isinstance(r, EndRecord)]
+    assert {r.kernels for r in ends} == {("one", "other")}
 
 
 @pytest.mark.parametrize("outcome", [WRONG, CRASH], ids=["wrong", "crash"])

@@ -6,6 +6,7 @@ Scope: two torchruns on one host. A pass does not prove anything about a network
 from __future__ import annotations
 
 import json
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +68,23 @@ def test_the_verdicts_are_those_of_a_local_pool(tmp_path: Path) -> None:
     assert len(wanted) == 4
     assert there.opening.world.startswith("4 ranks on 2 nodes")
     assert "needs 4 on 1 node" in there.text
+    told = there.opening.fingerprint
+    assert [told[f"rank{rank}"] for rank in range(4)] == [socket.gethostname()] * 4
+    assert told[f"{socket.gethostname()}.torch"] == told["torch"]
     assert "launched world of 4 ranks on 2 nodes" in there.text
+
+
+def test_an_environment_that_only_the_ranks_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = free_address()
+    monkeypatch.setenv("MORI_SHMEM_HEAP_SIZE", "1G")
+    with torchruns(address, 2, 1):
+        monkeypatch.delenv("MORI_SHMEM_HEAP_SIZE")
+        done = run(tmp_path / "out", "--world", address, *STANDIN, environment={TOKEN_VARIABLE: TOKEN})
+    assert done.code == ExitCode.INFRASTRUCTURE, done.text
+    assert not (tmp_path / "out" / "records").exists(), "nothing ran"
+    (line,) = done.errors
+    said = f"preflight: {socket.gethostname()} has MORI_SHMEM_HEAP_SIZE 1G and pytest has unset; export the same"
+    assert said in line
 
 
 def test_a_crash_is_one_verdict_that_is_not_reduced_and_nothing_follows(tmp_path: Path) -> None:

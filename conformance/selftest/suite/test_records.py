@@ -113,6 +113,13 @@ def test_a_failure_whose_analysis_was_cut_off_counts(origin: str, after: tuple[R
     assert totals.exit_code is ExitCode.PRODUCT_FAILURE
 
 
+def test_a_sample_that_failed_in_another_way_than_its_waiver_says_counts() -> None:
+    unexpected = msgspec.structs.replace(END, origin="waived")
+    assert total([RUN, BEGIN, unexpected], Ended(lost_worker=True)).exit_code is ExitCode.PRODUCT_FAILURE
+    expected = msgspec.structs.replace(unexpected, expected=True)
+    assert total([RUN, BEGIN, expected], Ended(lost_worker=True)).exit_code is ExitCode.INFRASTRUCTURE
+
+
 def test_what_was_cut_off_and_does_not_gate_stays_so() -> None:
     assert total([RUN, BEGIN, msgspec.structs.replace(END, origin="reduction")]).not_run == ["one", "two"]
     unclaimed = msgspec.structs.replace(RUN, unclaimed=("one",))

@@ -68,7 +68,33 @@ REFUSED: dict[str, tuple[dict[str, str | None], tuple[str, ...]]] = {
     "no expectation": ({"expect": None}, ("no verdict", "check = 'combine.output'")),
     "a verdict that is no failure": ({"expect": "{ verdict = 'INFRA' }"}, ("'INFRA'", "CRASH, FAIL, HANG")),
     "a failure of anything": ({"expect": "{ verdict = 'FAIL' }"}, ("no check", "combine.output")),
-    "every check": ({"expect": "{ verdict = 'FAIL', check = '*' }"}, ("'*'", "every failure")),
+    "any failure": ({"expect": "{ verdict = '*' }"}, ("'*'", "CRASH, FAIL, HANG")),
+    "a failure as a pattern": ({"expect": "{ verdict = 'F*' }"}, ("'F*'", "CRASH, FAIL, HANG")),
+    "a crash of any kind": ({"expect": "{ verdict = 'CRASH' }"}, ("CRASH and no check", "SIGSEGV")),
+    "every check": ({"expect": "{ verdict = 'FAIL', check = '*' }"}, ("'*'", "combine, compiled, dispatch")),
+    "every check, beside": ({"expect": "{ verdict = ['FAIL', 'HANG'], check = ['*', 'hang'] }"}, ("'*'", "excuses")),
+    "every check with an o": ({"expect": "{ verdict = 'FAIL', check = '*o*' }"}, ("'*o*'", "combine, compiled")),
+    "every group": ({"expect": "{ verdict = 'FAIL', check = '*.[a-z]*' }"}, ("'*.[a-z]*'", "excuses")),
+    "every check of a replay": (
+        {"expect": "{ verdict = 'FAIL', check = 'replay.*' }"},
+        ("'replay.*'", "replay.combine"),
+    ),
+    "one that any group might get": ({"expect": "{ verdict = 'FAIL', check = '*ten' }"}, ("'*ten'", "outputs.*")),
+    "every exception": ({"expect": "{ verdict = 'FAIL', check = 'raised.*' }"}, ("'raised.*'", "every exception")),
+    "a pattern of nothing": (
+        {"expect": "{ verdict = 'FAIL', check = 'combined.*' }"},
+        ("'combined.*'", "no check matches"),
+    ),
+    "an unknown check, beside": (
+        {"expect": "{ verdict = ['FAIL', 'HANG'], check = ['combine.sum', 'hang'] }"},
+        ("'combine.sum'", "combine.output"),
+    ),
+    "a check of another verdict": ({"expect": "{ verdict = 'FAIL', check = 'SIGSEGV' }"}, ("'SIGSEGV'", "no FAIL has")),
+    "no signal": ({"expect": "{ verdict = 'CRASH', check = 'SIG*' }"}, ("'SIG*'", "no CRASH has", "SIGSEGV")),
+    "a verdict that no check has": (
+        {"expect": "{ verdict = ['FAIL', 'CRASH'], check = 'combine.output' }"},
+        ("CRASH and no check of it", "SIGSEGV"),
+    ),
     "unknown check": ({"expect": "{ verdict = 'FAIL', check = 'combine.sum' }"}, ("'combine.sum'", "combine.output")),
     "unknown run": ({"run": "{ machine = 'gfx942' }"}, ("'machine'", "arch")),
     "quarantine in words": ({"quarantine": "'yes'"}, ("'yes'", "true or false")),
@@ -178,10 +204,21 @@ def test_only_what_is_said_is_expected(tmp_path: Path) -> None:
     assert not said.expects(Outcome(Verdict.FAIL, "dispatch.count"))
     assert not said.expects(Outcome(Verdict.CRASH, "SIGSEGV"))
     assert not said.expects(Outcome(Verdict.PASS))
-    died = only(tmp_path, expect="{ verdict = ['CRASH', 'HANG'] }")
+    died = only(tmp_path, expect="{ verdict = ['CRASH', 'HANG'], check = ['SIGSEGV', 'hang'] }")
     assert died.expects(Outcome(Verdict.CRASH, "SIGSEGV"))
     assert died.expects(Outcome(Verdict.HANG, "hang"))
     assert not died.expects(WRONG)
+    assert not died.expects(Outcome(Verdict.CRASH, "SIGBUS"))
+
+
+def test_a_group_of_checks_may_be_expected(tmp_path: Path) -> None:
+    for wanted in ("combine.*", "replay.combine.*", "raised.Mori*", "norm.[a-z]*"):
+        said = only(tmp_path, expect=f"{{ verdict = 'FAIL', check = '{wanted}' }}")
+        assert said.expects(WRONG) is (wanted == "combine.*")
+        assert said.ends_world is wanted.startswith("raised")
+    gone = only(tmp_path, expect="{ verdict = 'CRASH', check = ['SIGKILL', 'exit code 3', 'signal 40'] }")
+    assert gone.expects(Outcome(Verdict.CRASH, "exit code 3"))
+    assert only(tmp_path, expect="{ verdict = 'HANG' }").expects(Outcome(Verdict.HANG, "hang"))
 
 
 def test_what_a_reduction_leaves_alone(tmp_path: Path) -> None:

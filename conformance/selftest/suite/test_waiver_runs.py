@@ -24,6 +24,7 @@ FAULTS = "{ backend = ['conformance.faults:*', 'mori-standin'] }"
 
 def waived(tmp_path: Path, fault: str, *arguments: str, **change: str | None) -> Run:
     """A run of one cell of a faulty backend, or of the genuine double, under one waiver."""
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "known.toml").write_text(entry(**{"cell": FAULTS, **FULL, **change}))
     backend = f"conformance.faults:{fault}" if fault else "mori-standin"
     return run(tmp_path / "out", *CELL, "--backend", backend, "--waivers", str(tmp_path / "known.toml"), *arguments)
@@ -70,6 +71,19 @@ def test_a_quarantined_cell_is_shown_and_is_no_pass(tmp_path: Path) -> None:
     assert done.ends == []
     assert "QUARANTINED: round_trip-conformance.faults:segfault" in done.text
     assert "1 skipped" in done.text
+
+
+def test_a_region_that_holds_everything_drawn_is_no_pass(tmp_path: Path) -> None:
+    """Neither quarantined nor with a failure that stays away."""
+    everything = "{ tokens = { min = 0 } }"
+    done = waived(tmp_path / "one", "segfault", case=everything, expect=None, quarantine="true")
+    assert (done.code, verdict(done)) == (ExitCode.INCOMPLETE, Verdict.QUARANTINED), done.text
+    assert done.ends == []
+    assert "1 skipped" in done.text
+    assert "WAIVED: nothing is left to be drawn of 1 cells" in done.text
+    away = waived(tmp_path / "two", "", case=None, intermittent="true")
+    assert (away.code, verdict(away)) == (ExitCode.INCOMPLETE, Verdict.MISTRUSTED), away.text
+    assert "cells lack" in away.text
 
 
 @pytest.mark.parametrize(

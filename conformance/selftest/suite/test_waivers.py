@@ -5,12 +5,15 @@ Scope: the harness over a scripted driver, without rank processes. The whole run
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace as replaced
 
+from accelerated.mori_ep.backend import HOSTS_VARIABLE
 from conformance.cases import AnyCase, Case
 from conformance.engine.driver import Outcome
 from conformance.selftest.suite.test_harness import (
@@ -26,18 +29,23 @@ from conformance.selftest.suite.test_harness import (
 from conformance.selftest.suite.test_waiver_file import entry
 from conformance.suite.cells import PlannedCell
 from conformance.suite.failure import ConformanceFailure
-from conformance.suite.harness import Harness
-from conformance.suite.options import Options
-from conformance.suite.records import RecordWriter
+from conformance.suite.harness import Harness, MistrustedError
+from conformance.suite.options import Launched, Options
+from conformance.suite.records import CellRecord, EndRecord, RecordWriter, read_records
+from conformance.suite.summary import total
 from conformance.suite.waived import SAMPLES, UnexpectedPassError
 from conformance.suite.waiver_state import waiver_states
 from conformance.suite.waivers import read_waivers
-from conformance.verdicts import Verdict
+from conformance.verdicts import ExitCode, Verdict
 
 FULL = "{ class = 'rank at capacity' }"
 SAID = "{ verdict = 'FAIL', check = 'dispatch.rows' }"
 OTHER = Outcome(Verdict.FAIL, "combine.output", 0, text="a sum is wrong")
 HANG = Outcome(Verdict.HANG, "hang", 0, text="no answer")
+EVERYTHING = "{ tokens = { min = 0 } }"
+RAISES = "verdict = 'FAIL', check = 'raised.OSError'"
+#: A cell of four cases, all of which passed.
+PASSED = CellRecord("one", WHERE, Verdict.PASS, True, False, 4, 4, 1.0, 2.0)
 #: What pytest's own outcomes are called.
 XFAIL, SKIP = pytest.xfail.Exception, pytest.skip.Exception
 Script = Callable[[Case, int], Outcome]
@@ -65,9 +73,11 @@ def waiver(case: str | None = FULL, expect: str | None = SAID, **more: str) -> s
     return entry(cell=f"{{ backend = '{WHERE.backend}' }}", case=case, expect=expect, **more)
 
 
-def checked(place: Path, script: Script, *waivers: str, planned: PlannedCell = PLANNED) -> ScriptedDriver:
+def checked(
+    place: Path, script: Script, *waivers: str, planned: PlannedCell = PLANNED, launched: Launched | None = None
+) -> ScriptedDriver:
     """Check a cell; its driver, which knows every case that was run. What pytest calls xfail or skip is no error."""
-    chosen = with_waivers(place, *waivers, backend=planned.cell.backend)
+    chosen = replace(with_waivers(place, *waivers, backend=planned.cell.backend), launched=launched)
     harness = Harness(chosen, RecordWriter(place / "records" / "main.jsonl"))
     driver = ScriptedDriver(script)
     driver.backend = planned.cell.backend
@@ -169,6 +179,73 @@ def test_a_quarantined_cell_is_never_launched(place: Path) -> None:
     assert "ROCm/mori#610" in record(place).reason
 
 
+def exit_of(place: Path) -> ExitCode:
+    """Exit code of a run that consists of the cell and of one that passed."""
+    return total([*read_records(place / "records"), PASSED]).exit_code
+
+
+def test_a_quarantined_region_as_large_as_the_cell_is_no_pass(place: Path) -> None:
+    driver = checked(place, lambda case, asked: GOOD, waiver(case=EVERYTHING, expect=None, quarantine="true"))
+    ended = record(place)
+    assert driver.asked == []
+    assert (ended.verdict, ended.distinct, ended.lacking) == (Verdict.QUARANTINED, 0, ended.planned)
+    assert "drawn cases were not launched" in ended.reason
+    assert exit_of(place) is ExitCode.INCOMPLETE, "its user named cases, and nothing is left of the cell"
+
+
+@pytest.mark.parametrize("case", [None, EVERYTHING], ids=["whole", "as large"])
+def test_a_waived_cell_whose_failure_stays_away_is_no_pass(place: Path, case: str | None) -> None:
+    with pytest.raises(MistrustedError, match=r"every drawn case of .* is waived.*ROCm/mori#610"):
+        checked(place, lambda case, asked: GOOD, waiver(case=case, intermittent="true"))
+    ended = record(place)
+    assert (ended.verdict, ended.distinct, ended.lacking) == (Verdict.MISTRUSTED, 0, ended.planned)
+    assert origins(place) == ["waived"] * SAMPLES
+
+
+def test_a_cell_that_waivers_emptied_leaves_a_run_incomplete() -> None:
+    """Also where a fixed case of it passed; not where it failed as its user says."""
+    emptied = replaced(PASSED, lacking=PASSED.planned)
+    assert total([PASSED, replaced(emptied, label="two")]).exit_code is ExitCode.INCOMPLETE
+    assert total([PASSED, replaced(emptied, label="two", verdict=Verdict.XFAIL)]).exit_code is ExitCode.OK
+    assert total([PASSED, replaced(emptied, label="two", lacking=1)]).exit_code is ExitCode.OK
+
+
+@pytest.mark.parametrize(
+    "said", ["verdict = 'CRASH', check = 'SIGKILL'", "verdict = 'HANG'", RAISES], ids=["crash", "hang", "raised"]
+)
+def test_on_a_launched_world_what_would_end_it_is_never_launched(place: Path, said: str) -> None:
+    known, world = waiver(expect=f"{{ {said} }}"), Launched(2, 1, ("here",))
+    driver = checked(place, lambda case, asked: GOOD, known, launched=world)
+    assert driver.asked
+    assert not any(map(full, driver.asked))
+    (waived,) = record(place).waived
+    assert (waived.verdict, waived.sampled) == (Verdict.QUARANTINED, 0)
+    assert "may end the launched world" in record(place).reason
+    (state,) = waiver_states(replace(with_waivers(place, known), launched=world), [PLANNED])
+    assert (state.state, state.detail) == ("applied", "quarantined on a launched world")
+
+
+def test_nothing_more_is_sampled_on_a_world_that_ended(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(case: Case, asked: int) -> Outcome:
+        if full(case):
+            monkeypatch.setattr(ScriptedDriver, "ended", "rank 1 did not answer")
+            return WRONG
+        return GOOD
+
+    checked(place, script, waiver())
+    assert record(place).verdict is Verdict.XFAIL
+    assert origins(place).count("waived") == 1
+
+
+def test_records_tell_which_failures_of_samples_were_expected(place: Path) -> None:
+    known = waiver(expect="{ verdict = 'FAIL', check = 'dispatch.*' }", intermittent="true")
+    with pytest.raises(ConformanceFailure):
+        checked(place, lambda case, asked: (WRONG, OTHER)[case.tokens > 2] if full(case) else GOOD, known)
+    ends = [r for r in read_records(place / "records") if isinstance(r, EndRecord) and r.origin == "waived"]
+    assert {(end.check, end.expected) for end in ends} >= {("combine.output", False)}
+    assert all(end.expected is (end.check == "dispatch.rows") for end in ends)
+
+
 def test_a_quarantined_region_is_never_launched(place: Path) -> None:
     """Not even as a sample of another waiver, or as a candidate of a reduction."""
     barred = waiver(case="{ tokens = { min = 2, max = 4 } }", expect=None, quarantine="true")
@@ -217,3 +294,28 @@ def test_a_waiver_that_nothing_can_match_is_stale(place: Path, change: dict[str,
     (found,) = waiver_states(with_waivers(place, entry(**keys)), [PLANNED])
     assert (found.state, found.cells) == (state, int(state == "applied"))
     assert told in found.detail
+
+
+@pytest.mark.parametrize(
+    ("backend", "wanted", "told"),
+    [
+        ("mori-standin", "world_size = 8, nodes = 4", "a launched world of 8 ranks on 4 nodes"),
+        ("mori-standin", "label = '*-ep8-4nodes-*'", "a launched world of 8 ranks on 4 nodes"),
+        ("mori", "nodes = 3", "a launched world of 24 ranks on 3 nodes"),
+        ("mori", "world_size = 16", "a launched world of several hosts"),
+        ("mori-standin", "codec = 'fp4_blockwise'", "only; add run = { arch = 'gfx950' }"),
+        ("mori-standin", "hidden = 7168, capacity = 512", "only; add run = { device = 'cuda' }"),
+        ("mori-standin", "kernel_type = 'mori_low_latency'", "that these options leave out"),
+    ],
+)
+def test_what_other_machines_have_is_not_stale(place: Path, backend: str, wanted: str, told: str) -> None:
+    text = entry(cell=f"{{ backend = '{backend}', {wanted} }}", expect=SAID)
+    (found,) = waiver_states(with_waivers(place, text, backend=backend), [])
+    assert (found.state, told in found.detail) == ("idle", True), found.detail
+    assert HOSTS_VARIABLE not in os.environ
+
+
+def test_a_waiver_of_the_only_runs_without_its_cells_is_stale(place: Path) -> None:
+    text = entry(cell="{ backend = 'mori-standin', codec = 'fp4_blockwise' }", expect=SAID, run="{ arch = 'gfx942' }")
+    (found,) = waiver_states(with_waivers(place, text, backend="mori-standin"), [])
+    assert found.state == "stale"
