@@ -11,11 +11,12 @@ rounds are safe; that is what free-running is for.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
 from accelerated.contract import Accumulation, Contract, ReceiveLayout
-from accelerated.interface import Operation, RankContext, Received
+from accelerated.interface import Combined, Operation, RankContext, Received
 from conformance.cases import MAX_REPLAYED, Case, Rows, expand
 from conformance.engine.protocol import Mismatch
 from conformance.rank.elements import elements
@@ -39,8 +40,30 @@ from reference.combine_numerics import CombineCodec
 from reference.intervals import Interval
 
 Expectation = tuple[ExpectedRows, ExpectedResult]
-#: (round, whether it is the replay).
-Step = tuple[int, bool]
+#: (round, whether it is the replay); in a sequence (round, number of the step).
+Step = tuple[int, int]
+
+
+@dataclass
+class Sent:
+    """One dispatch: what came back, which is the backend's, and what it held then, cloned on its stream."""
+
+    received: Received
+    rows: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    count: torch.Tensor
+    scales: torch.Tensor | None
+    expert_count: torch.Tensor | None
+    source_map: torch.Tensor | None
+
+
+@dataclass
+class Returned:
+    """One combine: what came back, which is the backend's, and the experts' rows that it was given."""
+
+    combined: Combined
+    expert_rows: torch.Tensor
 
 
 def _grid(case: Case, index: int) -> float | None:
@@ -66,12 +89,9 @@ class Program:
         phase("inputs", 0)
         self._run += 1  # every rank counts the same runs
         context = self._context
-        # What the other ranks route is needed where their rows are built again here.
-        every_row = self._contract.receive_layout is ReceiveLayout.EVERY_ROW
-        only = None if every_row or self._by_oracle(case) else context.rank
-        routings = [wire_rows(case.cell, expand(case.cell, r.routing, only)) for r in case.rounds]
+        routings = self._routings(case)
         replays = (False, True) if "handle" in case.cell.modes else (False,)
-        steps = [(index, replayed) for index in range(len(case.rounds)) for replayed in replays]
+        steps: list[Step] = [(index, replayed) for index in range(len(case.rounds)) for replayed in replays]
         inputs = [self._inputs(case, step, context.rank, routings[step[0]]) for step in steps]
         handed = [one.clone() for one in inputs]
         phase("expected", 0)
@@ -84,9 +104,16 @@ class Program:
         phase("judge", 0)
         return self._judge(case, steps, inputs, seen, expected)
 
+    def _routings(self, case: Case) -> list[Rows]:
+        """Routing of each round, as dispatched."""
+        # What the other ranks route is needed where their rows are built again here.
+        every_row = self._contract.receive_layout is ReceiveLayout.EVERY_ROW
+        only = None if every_row or self._by_oracle(case) else self._context.rank
+        return [wire_rows(case.cell, expand(case.cell, r.routing, only)) for r in case.rounds]
+
     def _inputs(self, case: Case, step: Step, source: int, routing: Rows) -> Inputs:
         index, replayed = step
-        return round_inputs(case, index, source, routing, self._context.device, self._run, replayed=replayed)
+        return round_inputs(case, index, source, routing, self._context.device, self._run, replayed=bool(replayed))
 
     # ------------------------------------------------------------------ expected results
     def _by_oracle(self, case: Case) -> bool:
@@ -203,48 +230,70 @@ class Program:
         delays = case.rounds[index].delays_ms
         if delays and delays[self._context.rank] and cached is None:
             time.sleep(delays[self._context.rank] / 1000)
+        sent = self._send(case, index, inputs, phase, cached, self._operation)
+        found, _ = self._return(case, index, sent, inputs, phase, self._operation)
+        return found, sent.received
+
+    def _send(
+        self,
+        case: Case,
+        index: int,
+        inputs: Inputs,
+        phase: SetPhase,
+        cached: Received | None,
+        operation: Operation,
+    ) -> Sent:
+        """Dispatch a round, or replay it along ``cached``."""
         drained = case.cell.mode == "drained"
         if cached is None:
             phase("prepare", index)
-            received = self._prepare(inputs)
+            received = _prepare(operation, inputs)
         else:
             phase("replay", index)
             assert cached.replay is not None
             received = cached.replay(inputs.rows, inputs.weights, inputs.scales)
         source_map = None
-        promised = drained and self._contract.source_map
         if drained:
             self._synchronise()
             if received.source_map is not None:
                 phase("source map", index)
                 source_map = received.source_map()
         phase("experts", index)
-        kept = (received.rows.clone(), received.ids.clone(), received.weights.clone(), received.count.clone())
-        scales = None if received.scales is None else received.scales.clone()
-        counted = None if received.expert_count is None else received.expert_count.clone()
-        outputs = self._poisoned_outputs(case, index, received, drained)
+        return Sent(
+            received,
+            received.rows.clone(),
+            received.ids.clone(),
+            received.weights.clone(),
+            received.count.clone(),
+            None if received.scales is None else received.scales.clone(),
+            None if received.expert_count is None else received.expert_count.clone(),
+            source_map,
+        )
+
+    def _return(
+        self, case: Case, index: int, sent: Sent, inputs: Inputs, phase: SetPhase, operation: Operation
+    ) -> tuple[Observed, Returned]:
+        """Run the experts on what was received, and combine."""
+        drained = case.cell.mode == "drained"
+        outputs = self._poisoned_outputs(case, index, sent.received, drained)
         phase("finalize", index)
-        combined = self._operation.finalize(outputs, received)
+        combined = operation.finalize(outputs, sent.received)
         if drained:
             self._synchronise()
-        weights = None if combined.weights is None else combined.weights.clone()
         found = Observed(
-            *kept,
-            source_map,
+            sent.rows,
+            sent.ids,
+            sent.weights,
+            sent.count,
+            sent.source_map,
             combined.output.clone(),
-            weights,
+            None if combined.weights is None else combined.weights.clone(),
             inputs,
-            source_map_promised=promised,
-            scales=scales,
-            expert_count=counted,
+            source_map_promised=drained and self._contract.source_map,
+            scales=sent.scales,
+            expert_count=sent.expert_count,
         )
-        return found, received
-
-    def _prepare(self, inputs: Inputs) -> Received:
-        given = (inputs.rows, inputs.ids, inputs.weights)
-        if inputs.scales is None:
-            return self._operation.prepare(*given)
-        return self._operation.prepare(*given, inputs.scales)
+        return found, Returned(combined, outputs)
 
     def _poisoned_outputs(self, case: Case, index: int, received: Received, drained: bool) -> torch.Tensor:
         """Expert rows for the valid prefix and NaN beyond it, in the backend's buffer or in one as long."""
@@ -277,18 +326,36 @@ class Program:
     ) -> tuple[Mismatch | None, float]:
         worst = 0.0
         for (index, replayed), pristine, one, (rows, result) in zip(steps, inputs, seen, expected, strict=True):
-            stamp = stamp_of(index, self._run, replayed=replayed)
+            stamp = stamp_of(index, self._run, replayed=bool(replayed))
             mismatch = judge_dispatch(index, one, rows, self._contract, stamp)
-            if mismatch is None and not case.cell.wire and case.rounds[index].values == "bits":
-                # They hold NaN and infinities: what is summed of them means nothing, but the weights do.
-                mismatch = judge_weights(index, one, result, self._contract)
-            elif mismatch is None:
-                mismatch, ratio = judge_combine(index, one, result, self._contract)
+            if mismatch is None:
+                mismatch, ratio = self._judge_result(case, index, one, result)
                 worst = max(worst, ratio)
             mismatch = mismatch or judge_inputs(index, one.inputs, pristine)
             if mismatch is not None:
-                return _of_replay(mismatch) if replayed else mismatch, worst
+                return self._told(case, mismatch, bool(replayed)), worst
         return None, worst
+
+    def _told(self, case: Case, mismatch: Mismatch, replayed: bool) -> Mismatch:
+        """A mismatch as it is reported."""
+        del case
+        return _of_replay(mismatch) if replayed else mismatch
+
+    def _judge_result(
+        self, case: Case, index: int, seen: Observed, result: ExpectedResult
+    ) -> tuple[Mismatch | None, float]:
+        """Judge what combine returned for a round."""
+        if not case.cell.wire and case.rounds[index].values == "bits":
+            # They hold NaN and infinities: what is summed of them means nothing, but the weights do.
+            return judge_weights(index, seen, result, self._contract), 0.0
+        return judge_combine(index, seen, result, self._contract)
+
+
+def _prepare(operation: Operation, inputs: Inputs) -> Received:
+    given = (inputs.rows, inputs.ids, inputs.weights)
+    if inputs.scales is None:
+        return operation.prepare(*given)
+    return operation.prepare(*given, inputs.scales)
 
 
 def _applied(case: Case, weights: torch.Tensor) -> torch.Tensor:

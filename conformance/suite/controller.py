@@ -25,13 +25,13 @@ from accelerated.mori_ep.launch import session_heap_bytes
 from accelerated.mori_ep.library import probe_mori
 from accelerated.operators import Family, operators_of
 from accelerated.registry import BackendError, backend
-from conformance import __version__
+from conformance import __version__, sequence_rules
 from conformance.case_files import decode
-from conformance.cases import AnyCase, AnyCell, CaseError, LayerCell
+from conformance.cases import AnyCase, AnyCell, CaseError, GraphCase, LayerCell, SequenceCase
 from conformance.engine.lease import core_slots
 from conformance.layer_pairs import misfit
 from conformance.row_cases import RowCase, RowCell
-from conformance.suite import kinds, launched, preflight
+from conformance.suite import graph_plan, kinds, launched, preflight
 from conformance.suite.cells import Plan, PlannedCell, Unsupported
 from conformance.suite.kernels import refuse_unexpected
 from conformance.suite.options import Options, prepare_output
@@ -305,7 +305,7 @@ def fingerprint(gpus: Sequence[str] = ()) -> dict[str, str]:
     found.update({f"torch.{name}": version for name, version in torch_builds().items() if version})
     found.update({f"gpu{index}": gpu for index, gpu in enumerate(gpus)})
     for name, value in sorted(os.environ.items()):
-        if name.startswith(("MORI_", "AITER_", "EP_AITER_")) or name in VISIBLE_DEVICES:
+        if name.startswith(("MORI_", "AITER_", "EP_AITER_", "STANDIN_")) or name in VISIBLE_DEVICES:
             found[name] = value
     return found
 
@@ -355,6 +355,10 @@ def _refusal(case: AnyCase, options: Options, gpus: int | None) -> str:
         return reason
     if options.launched is None and gpus is not None and cell.world_size > gpus:
         return f"the case needs {cell.world_size} GPUs and {gpus} are visible"
+    if isinstance(case, SequenceCase):
+        return sequence_rules.misfit(case, made)
+    if isinstance(case, GraphCase):
+        return graph_plan.refusal(case, made, options.device)
     if not isinstance(cell, LayerCell):
         return ""
     if cell.router:

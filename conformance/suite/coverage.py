@@ -5,13 +5,17 @@ What a hit class does not prove: that the backend took a different path because 
 
 from __future__ import annotations
 
-from conformance.cases import Case, Recipe, expand, routing_counts
+from conformance.cases import Case, Recipe, SequenceCase, expand, routing_counts
 from conformance.rank.routing import wire_rows
+from conformance.sequence_cases import Poison, kind_of
 
 
 def classes(case: Case) -> tuple[str, ...]:
     """Names of the classes that any round of the case hits."""
     hit: set[str] = set()
+    if isinstance(case, SequenceCase):
+        hit |= {f"step {kind_of(step)}" for step in case.sequence}
+        hit |= {f"poison {step.what}" for step in case.sequence if isinstance(step, Poison)}
     cell = case.cell
     per_rank = cell.experts // cell.world_size
     for a_round in case.rounds:
