@@ -83,6 +83,11 @@ def validate(case: Case) -> None:
             raise CaseError(f"round {index} has {max(counts)} tokens on a rank; the capacity is {case.room(index)}")
         if a_round.delays_ms and len(a_round.delays_ms) != cell.world_size:
             raise CaseError(f"round {index} has {len(a_round.delays_ms)} delays; give one per rank or none")
+        if a_round.values == "bits" and cell.codec and not cell.wire:
+            raise CaseError(
+                f"round {index} has values 'bits' and combine codes rows as {cell.codec}: NaN and infinities have no "
+                "code; give other values, or no codec"
+            )
         if a_round.hidden and a_round.hidden not in narrow_sizes(cell):
             raise CaseError(
                 f"round {index} has rows of {a_round.hidden} elements; give 0 or one of {narrow_sizes(cell)}, which "

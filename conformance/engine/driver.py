@@ -297,6 +297,7 @@ _OF_A_ROUND = (
     "dispatch.expert_count",
     "dispatch.source_map",
     "dispatch.order",
+    "dispatch.places",
     "combine.codec",
     "combine.output",
     "combine.weights",

@@ -32,6 +32,7 @@ OPERATORS = {
     "codec_left_out": "conformance.faults.calls:CodecLeftOut",
     "codec_unasked": "conformance.faults.calls:CodecUnasked",
     "stale_replay": "conformance.faults.calls:StaleReplay",
+    "replay_in_other_places": "conformance.faults.calls:ReplayInOtherPlaces",
     "masked_counted": "conformance.faults.calls:MaskedCounted",
     "shared_received": "conformance.faults.sequences:SharedReceived",
     "shared_output": "conformance.faults.sequences:SharedOutput",

@@ -32,7 +32,7 @@ from conformance.rank.experts import LocalExperts
 from conformance.rank.guard import backend_code
 from conformance.rank.guarded_exchange import GuardedExchange
 from conformance.rank.inputs import Inputs, numbered_inputs, stamp_of
-from conformance.rank.judge import Observed
+from conformance.rank.judge import Delivered, Observed
 from conformance.rank.phases import SetPhase
 from conformance.rank.programs import Program, Step, _prepare
 
@@ -50,7 +50,7 @@ def graph_program(
         if not first:
             with backend_code():
                 first.append(session.build(cell.problem(), cell.kernel_type))
-        return GuardedExchange(first.pop(), cell.hidden, cell.top_k, cell.experts // cell.world_size, cell.modes)
+        return GuardedExchange(first.pop(), cell.problem())
 
     with backend_code():
         graphs = graphs_of(session, context)
@@ -66,6 +66,7 @@ class _Captured:
     inputs: Inputs
     kept: dict[str, torch.Tensor | None] = field(default_factory=dict)
     received: Received | None = None
+    warmed: Delivered | None = None  # by the round whose handle is replayed
     answers: torch.Tensor | None = None  # what the experts write between dispatch and combine in graphs of their own
 
 
@@ -215,6 +216,8 @@ class GraphProgram(Program):
         """A round of its own with what is captured; a handle comes from it where there is one."""
         with self._captures.warm_up():
             received = _prepare(self._operation, one.inputs)
+            if received.replay is not None:
+                one.warmed = Delivered(received.rows.clone(), received.count.clone())
             self._operation.finalize(self._poisoned_outputs(case, index, received, drained=False), received)
         return received
 
@@ -282,4 +285,4 @@ def _poison(tensor: torch.Tensor | None) -> None:
 
 def _observed(one: _Captured) -> Observed:
     kept: dict[str, Any] = {name: None if tensor is None else tensor.clone() for name, tensor in one.kept.items()}
-    return Observed(**kept, source_map=None, inputs=one.inputs.clone())
+    return Observed(**kept, source_map=None, inputs=one.inputs.clone(), repeated=one.warmed)

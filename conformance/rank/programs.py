@@ -24,6 +24,7 @@ from conformance.rank.experts import LocalExperts, dense_experts
 from conformance.rank.guard import synchronise
 from conformance.rank.inputs import DTYPES, INTEGER_GRID, Inputs, round_inputs, stamp_of
 from conformance.rank.judge import (
+    Delivered,
     ExpectedResult,
     ExpectedRows,
     Observed,
@@ -56,6 +57,7 @@ class Sent:
     scales: torch.Tensor | None
     expert_count: torch.Tensor | None
     source_map: torch.Tensor | None
+    repeats: Sent | None = None  # the dispatch that this one replays
 
 
 @dataclass
@@ -97,9 +99,9 @@ class Program:
         phase("expected", 0)
         expected = [self._expect(case, step, routings[step[0]], one) for step, one in zip(steps, inputs, strict=True)]
         seen: list[Observed] = []
-        received: Received | None = None
+        sent: Sent | None = None
         for (index, replayed), one in zip(steps, handed, strict=True):
-            found, received = self._round(case, index, one, phase, received if replayed else None)
+            found, sent = self._round(case, index, one, phase, sent if replayed else None)
             seen.append(found)
         phase("judge", 0)
         return self._judge(case, steps, inputs, seen, expected)
@@ -224,15 +226,15 @@ class Program:
 
     # ------------------------------------------------------------------ the backend
     def _round(
-        self, case: Case, index: int, inputs: Inputs, phase: SetPhase, cached: Received | None
-    ) -> tuple[Observed, Received]:
+        self, case: Case, index: int, inputs: Inputs, phase: SetPhase, cached: Sent | None
+    ) -> tuple[Observed, Sent]:
         """One dispatch and combine; a replay of ``cached`` if it is given."""
         delays = case.rounds[index].delays_ms
         if delays and delays[self._context.rank] and cached is None:
             time.sleep(delays[self._context.rank] / 1000)
         sent = self._send(case, index, inputs, phase, cached, self._operation)
         found, _ = self._return(case, index, sent, inputs, phase, self._operation)
-        return found, sent.received
+        return found, sent
 
     def _send(
         self,
@@ -240,7 +242,7 @@ class Program:
         index: int,
         inputs: Inputs,
         phase: SetPhase,
-        cached: Received | None,
+        cached: Sent | None,
         operation: Operation,
     ) -> Sent:
         """Dispatch a round, or replay it along ``cached``."""
@@ -250,8 +252,8 @@ class Program:
             received = _prepare(operation, inputs)
         else:
             phase("replay", index)
-            assert cached.replay is not None
-            received = cached.replay(inputs.rows, inputs.weights, inputs.scales)
+            assert cached.received.replay is not None
+            received = cached.received.replay(inputs.rows, inputs.weights, inputs.scales)
         source_map = None
         if drained:
             self._synchronise()
@@ -268,6 +270,7 @@ class Program:
             None if received.scales is None else received.scales.clone(),
             None if received.expert_count is None else received.expert_count.clone(),
             source_map,
+            cached,
         )
 
     def _return(
@@ -292,6 +295,7 @@ class Program:
             source_map_promised=drained and self._contract.source_map,
             scales=sent.scales,
             expert_count=sent.expert_count,
+            repeated=None if sent.repeats is None else Delivered(sent.repeats.rows, sent.repeats.count),
         )
         return found, Returned(combined, outputs)
 

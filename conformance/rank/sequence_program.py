@@ -112,7 +112,7 @@ class SequenceProgram(Program):
         exchanges = self._exchanges(case, phase)
         looks: dict[int, _Look] = {}
         running: dict[int, _Exchange] = {}
-        handles: dict[tuple[int, int], Received] = {}
+        handles: dict[tuple[int, int], Sent] = {}
         for number, step in enumerate(case.sequence):
 
             def at(name: str, index: int, number: int = number) -> None:
@@ -124,7 +124,7 @@ class SequenceProgram(Program):
                     cached = handles[step.op, step.round] if one.replayed else None
                     one.sent = self._send(case, one.round, one.handed, at, cached, self._operations[step.op])
                     if not one.replayed:
-                        handles[step.op, step.round] = one.sent.received
+                        handles[step.op, step.round] = one.sent
                 case Combine():
                     one = running[step.op]
                     one.combine = number
@@ -384,8 +384,7 @@ def sequence_program(
         raise ContractError(f"operators of capacity {cell.capacity} and {cell.second} have different contracts")
 
     def guarded(operation: Any) -> Operation:
-        per_rank = cell.experts // cell.world_size
-        return GuardedExchange(operation, cell.hidden, cell.top_k, per_rank, cell.modes)
+        return GuardedExchange(operation, cell.problem())
 
     def make(op: int) -> Operation:
         with backend_code():

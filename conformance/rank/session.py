@@ -161,8 +161,7 @@ class RankSession:
         if isinstance(cell, GraphCell):
             self._operation = self._program = graph_program(self._context, self._backend, self._session, cell, built)
             return
-        per_rank = cell.experts // cell.world_size
-        self._operation = GuardedExchange(built, cell.hidden, cell.top_k, per_rank, cell.modes)
+        self._operation = GuardedExchange(built, cell.problem())
         experts = LocalExperts(cell, self._context.rank, self._context.device)
         self._program = Program(self._context, self._operation, exchange(contract), self._backend.judged_by, experts)
 

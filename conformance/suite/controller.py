@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from accelerated.contract import Standing
+from accelerated.contract import Standing, exchange
 from accelerated.interface import Backend, Finding
 from accelerated.layer import halves_of
 from accelerated.mori_ep.backend import torch_builds
@@ -27,7 +27,7 @@ from accelerated.operators import Family, operators_of
 from accelerated.registry import BackendError, backend
 from conformance import __version__, sequence_rules
 from conformance.case_files import decode
-from conformance.cases import AnyCase, AnyCell, CaseError, GraphCase, LayerCell, SequenceCase
+from conformance.cases import AnyCase, AnyCell, CaseError, GraphCase, LayerCase, LayerCell, SequenceCase
 from conformance.engine.lease import core_slots
 from conformance.layer_pairs import misfit
 from conformance.row_cases import RowCase, RowCell
@@ -355,17 +355,32 @@ def _refusal(case: AnyCase, options: Options, gpus: int | None) -> str:
         return reason
     if options.launched is None and gpus is not None and cell.world_size > gpus:
         return f"the case needs {cell.world_size} GPUs and {gpus} are visible"
+    reason = ""
     if isinstance(case, SequenceCase):
-        return sequence_rules.misfit(case, made)
-    if isinstance(case, GraphCase):
-        return graph_plan.refusal(case, made, options.device)
-    if not isinstance(cell, LayerCell):
-        return ""
-    if cell.router:
+        reason = sequence_rules.misfit(case, made)
+    elif isinstance(case, GraphCase):
+        reason = graph_plan.refusal(case, made, options.device)
+    elif isinstance(cell, LayerCell) and cell.router:
         support = made.support(cell.route_problem(), cell.router)
         if support.standing is Standing.REFUSED:
-            return f"backend {cell.backend!r} does not take router {cell.router!r}: {support.reason}"
-    return _apart(cell, made, options) if cell.against else ""
+            reason = f"backend {cell.backend!r} does not take router {cell.router!r}: {support.reason}"
+    if not reason and isinstance(cell, LayerCell) and cell.against:
+        reason = _apart(cell, made, options)
+    if not reason and not kinds.legal(made, case, options.arch):
+        # What would happen is undefined, and no failure of the backend.
+        reason = f"the contract of backend {cell.backend!r} for this cell does not take {_untaken(case, made)}"
+    return reason
+
+
+def _untaken(case: AnyCase, made: Backend) -> str:
+    """What of a case its cell's contract does not take."""
+    if not isinstance(case, RowCase | LayerCase):
+        contract = exchange(made.contract(case.cell.problem(), case.cell.kernel_type))
+        if not contract.idle_ranks and any(0 in counts for counts in case.token_counts()):
+            return "a rank without a token; give every rank one in every round"
+        if not contract.narrow_rows and any(a_round.hidden for a_round in case.rounds):
+            return "rows shorter than the cell's; make hidden 0 in every round"
+    return "masked slots, duplicates, counts or lengths that the case has"
 
 
 def _apart(cell: LayerCell, made: Backend, options: Options) -> str:

@@ -2,8 +2,9 @@
 
 Geometry is fixed per cell. Synthetic geometries sit on awkward sizes; every real model shape is touched, spread over
 kernel types and EP sizes in the gate tier and crossed with all of them in explore. Wires, combine codecs and ways of
-calling are planned in pairs (:mod:`conformance.suite.call_plan`). What the plan does not contain: all numbers
-of nodes: it has one, two, nodes of eight ranks, and those of a launched world.
+calling are planned in pairs (:mod:`conformance.suite.call_plan`), orders of calls and soaks in
+:mod:`conformance.suite.sequence_plan`. What the plan does not contain: all numbers of nodes: it has one, two, nodes of
+eight ranks, and those of a launched world.
 """
 
 from __future__ import annotations

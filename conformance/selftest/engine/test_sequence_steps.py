@@ -123,10 +123,12 @@ def test_reducer_reaches_the_minimum_by_legal_cases_only(fails: Callable[[Sequen
 
 def test_reducer_needs_no_second_operator_where_the_order_does_not_matter() -> None:
     twice = needs(lambda s: sum(isinstance(x, Dispatch) for x in s) >= 2)
-    found = Reducer(twice, lambda case: legal(MADE, case, "gfx942"), 20.0).reduce(CASE)
-    assert isinstance(found.case, SequenceCase)
-    assert found.case.sequence == (Dispatch(0, 0), Combine(0), Dispatch(0, 1), Combine(0))
-    assert found.case.cell.second == 0
+    apart = (Dispatch(0, 0), Combine(0), Dispatch(1, 1), Combine(1))
+    for case in (CASE, msgspec.structs.replace(CASE, rounds=CASE.rounds[:2], sequence=apart)):
+        found = Reducer(twice, lambda case: legal(MADE, case, "gfx942"), 20.0).reduce(case)
+        assert isinstance(found.case, SequenceCase)
+        assert found.case.sequence == (Dispatch(0, 0), Combine(0), Dispatch(0, 1), Combine(0))
+        assert found.case.cell.second == 0
 
 
 def test_reducer_prefers_a_dispatch_to_a_replay() -> None:

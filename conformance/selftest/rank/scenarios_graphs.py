@@ -7,15 +7,17 @@ device's graphs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import torch
 import torch.distributed as dist
 
-from accelerated.interface import Operation, RankContext
+from accelerated.contract import RowOrder
+from accelerated.interface import Combined, Operation, RankContext, Received
 from accelerated.registry import backend
 from conformance.cases import GraphCase, GraphCell
 from conformance.engine.protocol import Mismatch
@@ -38,7 +40,7 @@ def _cell_of(world: World, name: str, base: str, **form: Any) -> GraphCell:
     return GraphCell("graphs", name, _KINDS[base], size, 1, 24, 2 * size, 2, 6, "bfloat16", modes=modes, **form)
 
 
-def _run(world: World, case: GraphCase) -> tuple[Mismatch | None, float]:
+def _run(world: World, case: GraphCase, wrap: Callable[[Any], Any] | None = None) -> tuple[Mismatch | None, float]:
     cell = case.cell
     context = RankContext(world.rank, world.size, torch.device("cpu"), world.group, "gfx942")
     made: Any = backend(cell.backend)
@@ -46,9 +48,12 @@ def _run(world: World, case: GraphCase) -> tuple[Mismatch | None, float]:
     if hasattr(session, "_genuine"):
         session._genuine.graphs = GlooGraphs()
     contract = made.contract(cell.problem(), cell.kernel_type)
+    if wrap is not None:  # one that promises no order, so that only places tell
+        contract = replace(contract, row_order=RowOrder.ANY)
 
     def build() -> Operation:
-        return GuardedExchange(session.build(cell.problem(), cell.kernel_type), cell.hidden, cell.top_k, 2, cell.modes)
+        built = session.build(cell.problem(), cell.kernel_type)
+        return GuardedExchange(built if wrap is None else wrap(built), cell.problem())
 
     graphs = session.graphs if hasattr(session, "_genuine") else GlooGraphs()
     experts = LocalExperts(cell, world.rank, context.device)
@@ -86,6 +91,47 @@ def defects_of_captures_are_named(world: World) -> None:
             dist.all_gather_object(seen, "" if mismatch is None else mismatch.check, group=world.group)
             assert fault.check in seen, (fault.name, form, seen)
             assert set(seen) <= {fault.check, "", "graph.combine.output"}, (fault.name, form, seen)
+
+
+class _Reversed:
+    """An operation whose replays deliver in the reverse order, with a source map and a combine to match."""
+
+    def __init__(self, inner: Operation) -> None:
+        self._inner, self._turned = inner, False
+        self.close = inner.close
+
+    def prepare(self, *given: torch.Tensor) -> Received:
+        self._turned = False
+        return self._patched(self._inner.prepare(*given))
+
+    def _patched(self, received: Received) -> Received:
+        again = received.replay
+        assert again is not None
+
+        def replay(rows: torch.Tensor, weights: torch.Tensor | None, scales: torch.Tensor | None) -> Received:
+            found = again(rows, weights, scales)
+            self._turned = True
+            for name in ("rows", "ids", "weights"):
+                setattr(found, name, getattr(found, name).flip(0))
+            return found
+
+        received.replay = replay
+        return received
+
+    def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
+        if not self._turned:
+            return self._inner.finalize(expert_rows, received)
+        received.weights = received.weights.flip(0)  # which the reference sums
+        return self._inner.finalize(expert_rows.flip(0), received)
+
+
+def a_captured_replay_into_other_places_is_named(world: World) -> None:
+    for form in (form for form in FORMS if form.warm):
+        cell = _cell_of(world, "reference", "reference", mode=form.mode, length=form.length, halves=form.halves)
+        case = first_case(cell, backend("reference").contract(cell.problem(), cell.kernel_type))
+        mismatch, _ = _run(world, case, _Reversed)
+        assert mismatch is not None, form
+        assert mismatch.check == "graph.dispatch.places", mismatch.text()
 
 
 class _Logged:

@@ -13,10 +13,10 @@ import pytest
 
 from accelerated.registry import backend
 from conformance.cases import SequenceCase
-from conformance.engine.driver import Driver, Limits
+from conformance.engine.driver import Driver, Limits, _progress
 from conformance.row_cases import Mode
 from conformance.selftest.suite.sequence_examples import every_step, replays
-from conformance.sequence_cases import Check, Combine, Dispatch, Poison, Sequence
+from conformance.sequence_cases import Check, Combine, Delay, Dispatch, Poison, Sequence
 from conformance.suite.kinds import legal
 from conformance.verdicts import Verdict
 
@@ -67,12 +67,32 @@ def test_replays_of_the_last_round_and_of_an_older_one_pass(
     assert outcome.passed, outcome.text
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_replay_into_other_places_is_named(drivers: Callable[[str], Driver], mode: Mode) -> None:
+    name = "conformance.faults:replay_in_other_places"
+    outcome = drivers(name).run(replays(name, "InterNodeV1", mode))
+    assert outcome.key == (Verdict.FAIL, "replay.dispatch.places"), outcome.text
+
+
 def test_what_a_backend_gives_away_may_be_looked_at_for_ever(drivers: Callable[[str], Driver]) -> None:
     case = every_step("allgather", "naive", "free-running")
     late: Sequence = (Dispatch(0, 0), Combine(0), Dispatch(0, 1), Combine(0), Check(0), Check(1), Check(2))
     case = msgspec.structs.replace(case, rounds=case.rounds[:2], sequence=late)
     assert legal(backend("allgather"), case, "gfx942")
     assert drivers("allgather").run(case).passed
+
+
+def test_a_delayed_rank_is_late(drivers: Callable[[str], Driver]) -> None:
+    case = every_step("mori-standin", "IntraNode", "drained")
+    late: Sequence = (Delay(1, 90), Dispatch(0, 0), Combine(0))
+    outcome = drivers("mori-standin").run(msgspec.structs.replace(case, rounds=case.rounds[:1], sequence=late))
+    assert outcome.passed
+    assert outcome.seconds > 0.09
+
+
+def test_the_rank_that_is_at_an_earlier_step_holds_the_others_up() -> None:
+    phases = ["finalize at step 3 of round 2", "prepare at step 7 of round 0", "finalize at step 7 of round 0"]
+    assert sorted(phases, key=_progress) == phases
 
 
 @pytest.mark.parametrize("mode", MODES)
