@@ -209,6 +209,9 @@ class AllGatherBackend:
             accumulation=Accumulation.ELEMENT,
             combines_weights=False,
             source_map=True,
+            fresh_outputs=True,
+            # Nothing but the number of own tokens is known to the host. NCCL connects in the first call of a kind.
+            captures=frozenset({"contents", "routing"}),
         )
 
     def preflight(self, device: str) -> list[Finding]:

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 from reference.combine_numerics import CombineCodec
 
+#: What replays of a captured dispatch and combine may change: the contents of rows and weights; the ids, with which the
+#: received counts change. Token counts, addresses and sizes never. "cold": an operator's first call may be captured.
+CAPTURES = ("contents", "routing", "cold")
+
 
 class ContractError(ValueError):
     """A contract asks for something that no check or bound models."""
@@ -102,6 +106,12 @@ class Contract:
         idle_ranks: True if a rank may take part in a call without a token of its own.
         kernels: of combine, where the backend may tell which it launched (``Combined.kernel``); None where there is no
             choice, or nothing is known of it.
+        fresh_outputs: True if returned tensors are the caller's: no later call of any operator changes them, and they
+            outlive their operator. Else received rows are stable until their operator's combine is launched, and
+            combined ones until its next combine.
+        captures: what graphs of captured calls promise, of :data:`CAPTURES`; empty where capture is refused.
+        capture_refusal: why it is refused.
+        handles_kept: True if a routing handle can still be replayed after later dispatches of its operator.
     """
 
     receive_layout: ReceiveLayout
@@ -118,6 +128,10 @@ class Contract:
     narrow_rows: bool = False
     idle_ranks: bool = True
     kernels: CombineKernels | None = None
+    fresh_outputs: bool = False
+    handles_kept: bool = False
+    captures: frozenset[str] = frozenset()
+    capture_refusal: str = "the backend declares nothing of captured calls"
 
     def __post_init__(self) -> None:
         if self.fold not in ("first", "last"):
@@ -130,6 +144,8 @@ class Contract:
             raise ContractError("a codec is carried out or ignored; declare one of codec and ignored_codec")
         if self.codec and self.accumulation is not Accumulation.FLOAT32:
             raise ContractError("combine codecs are modelled for float32 accumulation only")
+        if self.captures - set(CAPTURES) or (self.captures and "contents" not in self.captures):
+            raise ContractError(f"captures is {sorted(self.captures)}; give 'contents' and some of {CAPTURES}, or none")
 
 
 def exchange(contract: object) -> Contract:

@@ -8,6 +8,7 @@ that the contract is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,7 +64,7 @@ class Received:
             with; given in the mode ``zero-copy``.
         replay: ``(rows, weights, scales) -> Received``, a dispatch of new rows, weights and scales along the same
             routing, into the same places; given in the mode ``handle``. To be called after finalize and before the
-            next prepare, at most once for each finalize.
+            next prepare, at most once for each finalize; after later prepares only if the contract keeps handles.
     """
 
     rows: torch.Tensor
@@ -88,6 +89,34 @@ class Combined:
     output: torch.Tensor
     weights: torch.Tensor | None
     kernel: str = ""
+
+
+class Graph(Protocol):
+    """Captured calls of operations, and whatever else the device was given meanwhile."""
+
+    def replay(self) -> None:
+        """Run them again on the current stream, with what the tensors that they were given hold then. Collective where
+        they are; replayed and eager calls together obey the order that the operation asks for.
+        """
+
+    def release(self) -> None:
+        """Let go of the memory and of the library's state. Before the operation is closed, and before the process group
+        is destroyed, which waits for ever for graphs that hold its collectives.
+        """
+
+
+class Graphs(Protocol):
+    """Capture on one device. A session may have an attribute ``graphs``; see :func:`accelerated.graphs.graphs_of`."""
+
+    def warm_up(self) -> AbstractContextManager[None]:
+        """Run calls eagerly where they will be captured: on the stream of the captures."""
+
+    def capture(self) -> AbstractContextManager[Graph]:
+        """Record the calls of the block, which computes nothing, into the graph that it yields. Not to be nested.
+
+        Raises:
+            RuntimeError: a call needs the host, or the device could not record it.
+        """
 
 
 class Operation(Protocol):

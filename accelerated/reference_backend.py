@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from accelerated.interface import Combined, Finding, RankContext, Received
     from accelerated.routers import RouteContract
+    from reference.dispatch_combine import Route
     from reference.problem import Problem
 
 #: Rounding structures the specification offers: one level, or one per node and one over nodes.
@@ -66,6 +67,10 @@ class ReferenceBackend:
             combines_weights="weightless" not in problem.modes,
             exact_rows=True,
             narrow_rows=True,
+            fresh_outputs=True,
+            handles_kept=True,
+            captures=frozenset({"contents"} if "handle" in problem.modes else ()),
+            capture_refusal="dispatch reads the row counts on the host; capture the replay of a routing handle",
         )
 
     def preflight(self, device: str) -> list[Finding]:
@@ -112,6 +117,17 @@ class ReferenceOperation:
     def prepare(
         self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
     ) -> Received:
+        return self._dispatch(rows, ids, weights, scales, None)
+
+    def _dispatch(
+        self,
+        rows: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        scales: torch.Tensor | None,
+        route: Route | None,
+    ) -> Received:
+        """A dispatch, along the route of one before if it is given."""
         import torch
 
         from accelerated import wires
@@ -121,14 +137,16 @@ class ReferenceOperation:
         wires.check(self._problem, rows, scales, narrow=True)
         modes = self._problem.modes
         weights = torch.zeros_like(weights) if "weightless" in modes else weights
-        sent = dispatch(rows, ids, weights, scales, experts_per_rank=self._experts_per_rank, group=self._group)
+        per_rank = self._experts_per_rank
+        sent = dispatch(rows, ids, weights, scales, experts_per_rank=per_rank, group=self._group, route=route)
         buffer, hidden = None, wires.elements(self._problem, rows)
         if "zero-copy" in modes:
             dtype = getattr(torch, self._problem.dtype)
             buffer = torch.empty(sent.rows.shape[0], hidden, dtype=dtype, device=rows.device)
 
         def replay(again: torch.Tensor, weights_: torch.Tensor | None, scales_: torch.Tensor | None) -> Received:
-            return self.prepare(again, ids, torch.zeros_like(weights) if weights_ is None else weights_, scales_)
+            given = torch.zeros_like(weights) if weights_ is None else weights_
+            return self._dispatch(again, ids, given, scales_, sent)
 
         return Received(
             rows=sent.rows,

@@ -11,17 +11,22 @@ import msgspec
 from accelerated.routers import form_of
 from conformance.cases import (
     MAX_REPLAYED,
+    MAX_ROUNDS,
     MIN_HIDDEN,
     AnyCase,
     Case,
     CaseError,
     Explicit,
+    GraphCase,
     LayerCase,
     Recipe,
+    SequenceCase,
     narrow_sizes,
     routing_counts,
 )
+from conformance.graph_cases import validate_graphs
 from conformance.row_cases import RowCase, validate_rows
+from conformance.sequence_rules import validate_sequence
 
 _decoder = msgspec.json.Decoder(AnyCase)
 
@@ -40,6 +45,10 @@ def decode(data: bytes, origin: str) -> AnyCase:
             validate(case)
         if isinstance(case, LayerCase):
             validate_layer(case)
+        if isinstance(case, GraphCase):
+            validate_graphs(case)
+        if isinstance(case, SequenceCase):
+            validate_sequence(case)
     except (msgspec.MsgspecError, ValueError) as error:
         raise CaseError(f"{origin} is not a valid case: {error}; fix or delete it") from error
     return case
@@ -57,24 +66,30 @@ def validate(case: Case) -> None:
         ("hidden", cell.hidden, MIN_HIDDEN, 1 << 20),
         ("capacity", cell.capacity, 1, 1 << 16),
         ("world_size", cell.world_size, 1, 256),
-        ("number of rounds", len(case.rounds), 0, 64),
+        ("number of rounds", len(case.rounds), 0, MAX_ROUNDS),
     ):
         # Tags and seeds hold no more.
         if not low <= value <= high:
             raise CaseError(f"{name} is {value}; give {low} to {high}")
     if not case.rounds:
         raise CaseError("the case has no rounds; give at least one")
-    if "handle" in cell.modes and len(case.rounds) > MAX_REPLAYED:
+    if "handle" in cell.modes and len(case.rounds) > MAX_REPLAYED and not isinstance(case, GraphCase | SequenceCase):
         raise CaseError(f"{len(case.rounds)} rounds are replayed each; give at most {MAX_REPLAYED}")
     for index, a_round in enumerate(case.rounds):
         counts = routing_counts(a_round.routing)
         if len(counts) != cell.world_size:
             raise CaseError(f"round {index} routes {len(counts)} ranks; the cell has {cell.world_size}")
-        if max(counts) > cell.most_tokens or min(counts) < 0:
-            limit = "the capacity" if cell.most_tokens == cell.capacity else "half of the capacity, the cap,"
-            raise CaseError(f"round {index} has {max(counts)} tokens on a rank; {limit} is {cell.most_tokens}")
+        room = case.room(index)
+        if max(counts) > room or min(counts) < 0:
+            limit = "half of the capacity, the cap," if "capped" in cell.modes else "the capacity"
+            raise CaseError(f"round {index} has {max(counts)} tokens on a rank; {limit} is {room}")
         if a_round.delays_ms and len(a_round.delays_ms) != cell.world_size:
             raise CaseError(f"round {index} has {len(a_round.delays_ms)} delays; give one per rank or none")
+        if a_round.values == "bits" and cell.codec and not cell.wire:
+            raise CaseError(
+                f"round {index} has values 'bits' and combine codes rows as {cell.codec}: NaN and infinities have no "
+                "code; give other values, or no codec"
+            )
         if a_round.hidden and a_round.hidden not in narrow_sizes(cell):
             raise CaseError(
                 f"round {index} has rows of {a_round.hidden} elements; give 0 or one of {narrow_sizes(cell)}, which "

@@ -17,6 +17,7 @@ from accelerated.experts import SEPARATOR, ExpertProblem, LayerProblem
 from accelerated.operators import Family, RowProblem
 from conformance.recipes import explicit_rows
 from conformance.row_cases import Mode, RowCase, RowCell
+from conformance.sequence_cases import Dispatch, Sequence
 from reference.problem import Problem, most_tokens, wire_format
 
 #: Elements of a round: small integers, normal ones, those over 40 binades, random bit patterns, or what a combine codec
@@ -46,6 +47,8 @@ Rows = tuple[tuple[tuple[int, ...], ...], ...]
 
 #: A row begins with its tag of four elements, or of four bytes where it is dispatched as codes.
 MIN_HIDDEN = 8
+#: Most rounds of a case: tags count them, and so do seeds.
+MAX_ROUNDS = 128
 #: Most rounds of a cell with routing handles: each of them is replayed, and stamps have to tell all of them apart.
 MAX_REPLAYED = 8
 
@@ -165,6 +168,11 @@ class Case(msgspec.Struct, frozen=True, tag="exchange"):
         """Tokens per rank of each round."""
         return [routing_counts(r.routing) for r in self.rounds]
 
+    def room(self, index: int) -> int:
+        """Tokens that a rank may have in a round."""
+        del index
+        return self.cell.most_tokens
+
     @property
     def tokens(self) -> int:
         """Tokens of all rounds and ranks."""
@@ -278,6 +286,83 @@ class LayerCase(Case, frozen=True, tag="layer"):
     rounds: tuple[LayerRound, ...]  # type: ignore[assignment]
 
 
+class SequenceCell(Cell, frozen=True, order=True, tag="sequence"):
+    """A test item of one or two operators alike; ``second`` is the capacity of operator 1, 0 for none."""
+
+    second: int = 0
+
+    @property
+    def operators(self) -> int:
+        """Operators that live at the same time."""
+        return 2 if self.second else 1
+
+    def capacity_of(self, op: int) -> int:
+        """Tokens per rank of an operator."""
+        return self.second if op and self.second > 0 else self.capacity
+
+    def room_of(self, op: int) -> int:
+        """Tokens per rank that an operator may be given: fewer than its capacity with a cap."""
+        return most_tokens(self.capacity_of(op), self.modes)
+
+    def problem_of(self, op: int) -> Problem:
+        """Sizes of one operator."""
+        return msgspec.structs.replace(self, capacity=self.capacity_of(op)).problem()
+
+    @property
+    def label(self) -> str:
+        """Readable name, unique among all cells of a run."""
+        return super().label + (f"-second-m{self.second}" if self.second else "")
+
+
+class SequenceCase(Case, frozen=True, tag="sequence"):
+    """Steps on the operators of a cell: each round is dispatched by one of them, in the order of the rounds."""
+
+    cell: SequenceCell
+    sequence: Sequence = ()
+
+    @property
+    def steps(self) -> int:
+        """Steps of the sequence."""
+        return len(self.sequence)
+
+    def room(self, index: int) -> int:
+        """Tokens that a rank may have in a round: those of the operator that dispatches it."""
+        ops = (step.op for step in self.sequence if isinstance(step, Dispatch) and step.round == index)
+        return self.cell.room_of(next(ops, 0))
+
+
+class GraphCell(Cell, frozen=True, order=True, tag="graph"):
+    """A test item of captured calls: see :mod:`conformance.graph_cases`.
+
+    A graph holds ``length`` rounds, or one whose dispatch and combine are graphs of their own (``halves``). Without
+    ``warm`` the operator's first call of all is captured.
+    """
+
+    length: int = 1
+    halves: bool = False
+    warm: bool = True
+
+    @property
+    def label(self) -> str:
+        """Readable name, unique among all cells of a run."""
+        form = "halves" if self.halves else f"{self.length}rounds"
+        return "-".join((super().label, form, *(() if self.warm else ("cold",))))
+
+
+class GraphRound(Round, frozen=True):
+    """One dispatch and combine: replayed by the graph of this number, or eager (-1)."""
+
+    graph: int = -1
+
+
+class GraphCase(Case, frozen=True, tag="graph"):
+    """Replays and eager rounds on a new operator; before round ``rebuilt`` (0: never) all is dropped and made anew."""
+
+    cell: GraphCell
+    rounds: tuple[GraphRound, ...]  # type: ignore[assignment]
+    rebuilt: int = 0
+
+
 def routing_counts(routing: Explicit | Recipe) -> tuple[int, ...]:
     """Tokens per rank of one round."""
     return routing.counts if isinstance(routing, Recipe) else tuple(map(len, routing.rows))
@@ -299,8 +384,8 @@ def expand(cell: Cell, routing: Explicit | Recipe, only: int | None = None) -> R
     )
 
 
-AnyCell = Cell | RowCell | LayerCell
-AnyCase = Case | RowCase | LayerCase
+AnyCell = Cell | RowCell | LayerCell | SequenceCell | GraphCell
+AnyCase = Case | RowCase | LayerCase | SequenceCase | GraphCase
 
 _encoder = msgspec.json.Encoder()
 

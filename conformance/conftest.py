@@ -16,6 +16,7 @@ from hypothesis import configuration
 from rich.console import Console
 
 from conformance.engine.driver import InfraError
+from conformance.hazards import command as hazard_command
 from conformance.suite import capability_command, controller, launched
 from conformance.suite.cells import PlannedCell
 from conformance.suite.failure import ConformanceFailure
@@ -40,8 +41,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Answer ``--capabilities`` in the place of a run."""
-    return capability_command.run(read_options(config)) if config.getoption("capabilities") else None
+    """Answer ``--capabilities`` or ``--hazards`` in the place of a run."""
+    if config.getoption("capabilities"):
+        return capability_command.run(read_options(config))
+    return hazard_command.run(read_options(config)) if config.getoption("hazards") is not None else None
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -18,6 +18,7 @@ from accelerated.contract import Contract, MaskedSlots
 from conformance.cases import MAX_REPLAYED, Case, Cell, Explicit, Recipe, Round, Rows, Values, narrow_sizes
 from conformance.rank.routing import wire_rows
 from conformance.recipes import ARCHETYPES, Row, Site
+from conformance.soak_generation import soak_rounds
 
 #: Above this many (tokens x slots) over all ranks a round is a recipe.
 EXPLICIT_SLOTS = 256 * 8
@@ -86,12 +87,22 @@ def explicit_routing(draw: st.DrawFn, cell: Cell, counts: tuple[int, ...], arche
 
 @st.composite
 def rounds(
-    draw: st.DrawFn, cell: Cell, names: Sequence[str], *, delays: bool, contract: Contract | None = None
+    draw: st.DrawFn,
+    cell: Cell,
+    names: Sequence[str],
+    *,
+    delays: bool,
+    contract: Contract | None = None,
+    capacity: int = 0,
+    counts: tuple[int, ...] | None = None,
 ) -> Round:
-    """One round of one of the named archetypes, of what the contract of a dispatch/combine takes."""
+    """One round of one of the named archetypes, of what the contract of a dispatch/combine takes.
+
+    The most tokens of a rank are the cell's and token counts are drawn, if they are not given.
+    """
     archetype = draw(st.sampled_from(names))
     parameter = draw(st.integers(0, cell.experts - 1))
-    counts = draw(token_counts(cell.world_size, cell.most_tokens))
+    counts = draw(token_counts(cell.world_size, capacity or cell.most_tokens)) if counts is None else counts
     if contract is not None and not contract.idle_ranks:
         counts = tuple(max(1, count) for count in counts)
     routing: Explicit | Recipe
@@ -172,7 +183,7 @@ def strata(cell: Cell, contract: Contract, examples: int) -> list[tuple[str, int
 
 @st.composite
 def cases(draw: st.DrawFn, cell: Cell, contract: Contract, only: str = "") -> Case:
-    """A case of the cell: one round when drained, two to four when free-running (12 to 24 in a
+    """A case of the cell: one round when drained, two to four when free-running (a hundred in a
     soak), and all experts for placement. Cells with a wire, a codec or a mode also vary the length of their rows.
 
     ``only`` names an archetype that every round is to have.
@@ -182,6 +193,10 @@ def cases(draw: st.DrawFn, cell: Cell, contract: Contract, only: str = "") -> Ca
     names = [only] if only else [a for a in ARCHETYPES if applies(a, cell, contract)]
     if cell.mode == "drained":
         return Case(cell, (draw(rounds(cell, names, delays=False, contract=contract)),))
-    length = draw(st.integers(12, 24) if cell.check == "soak" else st.integers(2, 4))
+    if cell.check == "soak":
+        values = _CODED_VALUES if cell.codec else _VALUES
+        sizes = _row_sizes(cell, contract) if cell.special else (0,)
+        return Case(cell, draw(soak_rounds(cell, names, contract, values, sizes)))
+    length = draw(st.integers(2, 4))
     length = min(length, MAX_REPLAYED) if "handle" in cell.modes else length
     return Case(cell, tuple(draw(rounds(cell, names, delays=True, contract=contract)) for _ in range(length)))

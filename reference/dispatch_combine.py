@@ -12,8 +12,8 @@ Semantics (MoRI 624002c8, include/mori/ops/dispatch_combine and python/mori/ops/
   and sums; on InterNodeV1 each node's partial sum is coded once more (:mod:`reference.combine_codecs`).
 
 Works on any process group (gloo, NCCL, RCCL) and on whatever device the tensors live on. Collectives per call:
-dispatch 2 (counts, packed rows), combine 1 (rows back). A pass against this module proves nothing about memory
-ordering between ranks: its collectives are ordered by torch.distributed.
+dispatch 2 (counts, packed rows), or 1 along the route of an earlier dispatch; combine 1 (rows back). A pass against
+this module proves nothing about memory ordering between ranks: its collectives are ordered by torch.distributed.
 """
 
 from __future__ import annotations
@@ -29,34 +29,43 @@ from reference.rounding import round_to
 
 
 @dataclass
-class Dispatched:
-    """Rows that this rank received, ascending by (source rank, source token), and what combine needs to return them.
+class Route:
+    """Where rows go, and from where they come: what follows from the ids of all ranks alone.
+
+    Attributes:
+        destinations: ``[n, W]`` bool, which ranks each of this rank's own tokens goes to.
+        owners: ``[n, k]`` int64, owner of each slot of the own tokens, -1 for none.
+        send_counts: rows sent to each rank.
+        receive_counts: rows received from each rank.
+        send_index: ``[2, S]`` int64, (destination rank, token) of each sent row.
+        source_rank: ``[R]`` int64, of each received row.
+    """
+
+    destinations: torch.Tensor
+    owners: torch.Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
+    send_index: torch.Tensor
+    source_rank: torch.Tensor
+
+
+@dataclass
+class Dispatched(Route):
+    """Rows that this rank received, ascending by (source rank, source token), and the route by which combine returns.
 
     Attributes:
         rows: ``[R, H]``, any element type.
         ids: ``[R, k]`` int32, the source token's whole row.
         weights: ``[R, k]`` float32, the source token's whole row.
         scales: ``[R, S]`` or None.
-        source_rank: ``[R]`` int64.
         source_token: ``[R]`` int64.
-        destinations: ``[n, W]`` bool, which ranks each of this rank's own tokens went to.
-        owners: ``[n, k]`` int64, owner of each slot of the own tokens, -1 for none.
-        send_counts: rows sent to each rank.
-        receive_counts: rows received from each rank.
-        send_index: ``[2, S]`` int64, (destination rank, token) of each sent row.
     """
 
     rows: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
     scales: torch.Tensor | None
-    source_rank: torch.Tensor
     source_token: torch.Tensor
-    destinations: torch.Tensor
-    owners: torch.Tensor
-    send_counts: list[int]
-    receive_counts: list[int]
-    send_index: torch.Tensor
 
 
 @dataclass
@@ -125,6 +134,25 @@ class _Unpacker:
         return own.view(like.dtype).reshape(self._packed.shape[0], like.shape[1])
 
 
+def plan_route(ids: torch.Tensor, experts_per_rank: int, group: dist.ProcessGroup) -> Route:
+    """Where every token of ``ids [n, k]`` goes. Collective; 1 collective, after which the host reads the counts."""
+    world_size = dist.get_world_size(group)
+    owners = slot_owners(ids, experts_per_rank, world_size)
+    destinations = destination_ranks(owners, world_size)
+    send = destinations.sum(0)
+    receive = torch.empty_like(send)
+    dist.all_to_all_single(receive, send, group=group)
+    send_counts, receive_counts = torch.stack([send, receive]).tolist()
+    return Route(
+        destinations=destinations,
+        owners=owners,
+        send_counts=send_counts,
+        receive_counts=receive_counts,
+        send_index=destinations.t().nonzero().t(),
+        source_rank=torch.repeat_interleave(torch.arange(world_size, device=ids.device), receive),
+    )
+
+
 def dispatch(
     rows: torch.Tensor,
     ids: torch.Tensor,
@@ -133,8 +161,9 @@ def dispatch(
     *,
     experts_per_rank: int,
     group: dist.ProcessGroup,
+    route: Route | None = None,
 ) -> Dispatched:
-    """Send every token to the distinct ranks that own its experts. Collective; 2 collectives.
+    """Send every token to the distinct ranks that own its experts. Collective; 2 collectives, 1 along a known route.
 
     Args:
         rows: ``[n, H]``, any element type, moved as bytes; n may differ per rank and may be 0.
@@ -144,28 +173,25 @@ def dispatch(
         scales: ``[n, S]`` of any element type, or None; given on all ranks or on none.
         experts_per_rank: experts that each rank owns.
         group: process group of the W ranks.
+        route: of these ids, from an earlier dispatch, on all ranks or on none; the host then waits for nothing, so the
+            call may be captured in a CUDA or HIP graph.
 
     Raises:
-        ValueError: the row counts of the arguments differ.
+        ValueError: the row counts of the arguments differ, or that of the route.
     """
     for name, tensor in (("ids", ids), ("weights", weights), ("scales", scales)):
         if tensor is not None and tensor.shape[0] != rows.shape[0]:
             raise ValueError(f"{name} has {tensor.shape[0]} rows and rows has {rows.shape[0]}; give one row per token")
-    world_size = dist.get_world_size(group)
-    owners = slot_owners(ids, experts_per_rank, world_size)
-    destinations = destination_ranks(owners, world_size)
-    send_index = destinations.t().nonzero().t()
-    token = send_index[1]
+    if route is not None and route.owners.shape[0] != rows.shape[0]:
+        raise ValueError(f"the route has {route.owners.shape[0]} tokens and rows has {rows.shape[0]}; give its tokens")
+    if route is None:
+        route = plan_route(ids, experts_per_rank, group)
+    token = route.send_index[1]
     columns = [rows, ids.int(), weights, *([] if scales is None else [scales])]
     packed = torch.cat([_bytes(column) for column in columns], dim=1)[token]
     packed = torch.cat([packed, _bytes(token.int().unsqueeze(1))], dim=1)
 
-    send = destinations.sum(0)
-    receive = torch.empty_like(send)
-    dist.all_to_all_single(receive, send, group=group)
-    send_counts, receive_counts = torch.stack([send, receive]).tolist()
-
-    unpack = _Unpacker(_exchange(packed, send_counts, receive_counts, group))
+    unpack = _Unpacker(_exchange(packed, route.send_counts, route.receive_counts, group))
     received_rows, received_ids, received_weights = unpack.take(rows), unpack.take(ids.int()), unpack.take(weights)
     received_scales = None if scales is None else unpack.take(scales)
     source_token = unpack.take(torch.empty(0, 1, dtype=torch.int32)).flatten().long()
@@ -174,13 +200,13 @@ def dispatch(
         ids=received_ids,
         weights=received_weights,
         scales=received_scales,
-        source_rank=torch.repeat_interleave(torch.arange(world_size, device=rows.device), receive),
         source_token=source_token,
-        destinations=destinations,
-        owners=owners,
-        send_counts=send_counts,
-        receive_counts=receive_counts,
-        send_index=send_index,
+        destinations=route.destinations,
+        owners=route.owners,
+        send_counts=route.send_counts,
+        receive_counts=route.receive_counts,
+        send_index=route.send_index,
+        source_rank=route.source_rank,
     )
 
 

@@ -48,7 +48,7 @@ WIRES: dict[str, Wire] = {
     "mxfp4": Wire("fp4", 32, 1),
     "fp8_tensor": Wire("fp8", 0, 4, 0),
 }
-_RAW = re.compile(r"fp8_raw([1-9]\d*)x([14])")
+_RAW = re.compile(r"fp8_raw([1-9]\d{0,8})x([14])")
 
 #: Formats in which combine carries rows between ranks; input and output keep their element type.
 COMBINE_CODECS: tuple[str, ...] = ("fp8_direct_cast", "fp8_blockwise", "fp4_blockwise")
@@ -69,7 +69,9 @@ def wire_format(name: str) -> Wire:
         return WIRES[name]
     if raw := _RAW.fullmatch(name):
         return Wire("fp8", 0, int(raw[2]), int(raw[1]))
-    raise ProblemError(f'wire is {name!r}; choose one of {", ".join(WIRES)}, fp8_raw<n>x<1 or 4>, or "" for none')
+    raise ProblemError(
+        f'wire is {name!r}; choose one of {", ".join(WIRES)}, fp8_raw<n>x<1 or 4> with n below 10**9, or "" for none'
+    )
 
 
 class ProblemError(ValueError):
@@ -172,6 +174,11 @@ class Problem:
             raise ProblemError(
                 f"hidden is {self.hidden}; the wire {self.wire} takes multiples of "
                 f"{max(wire_format(self.wire).group, 2)}"
+            )
+        if self.wire and wire_format(self.wire).scales(self.hidden) > self.hidden:
+            raise ProblemError(
+                f"wire is {self.wire!r}: {wire_format(self.wire).scales(self.hidden)} scales for rows of "
+                f"{self.hidden} elements; give at most one for each element"
             )
         self._check_codec()
         if self.modes != tuple(mode for mode in MODES if mode in self.modes):

@@ -1,8 +1,8 @@
 """MoRI's operator behind the backend interface: initialisation order, argument rules, and the round's life cycle.
 
-Scope: eager dispatch of rows in the element type or in a wire format, eager combine with and without a codec, and the
-ways of calling of :data:`reference.problem.MODES`. The adapter does not know whether it drives the library or its
-double. What a pass through it does not prove: that user code follows the same rules; every
+Scope: dispatch of rows in the element type or in a wire format, combine with and without a codec, eager or captured,
+and the ways of calling of :data:`reference.problem.MODES`. The adapter does not know whether it drives the library or
+its double. What a pass through it does not prove: that user code follows the same rules; every
 rule kept here (MoRI 624002c8, python/mori/ops/dispatch_combine.py) is one that the library itself does not check.
 """
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from accelerated import wires
+from accelerated.graphs import RecordedGraphs
 from accelerated.interface import Combined, RankContext, Received
 from accelerated.mori_ep import launch
 from accelerated.mori_ep.kernel_types import INTRA_NODE_TYPES
@@ -42,6 +43,8 @@ class MoriSession:
     def __init__(self, library: MoriLibrary, context: RankContext) -> None:
         self._library = library
         self._context = context
+        #: What captures the double's calls; the library's are captured as any on a device.
+        self.graphs = None if library.recorder is None else RecordedGraphs(library.recorder)
         self._arch = arch = context.arch.partition(":")[0]
         seen = str(library.detect_gpu_arch())
         if seen != arch:

@@ -46,6 +46,8 @@ class MoriBackend:
     def __init__(self, name: str, standin: bool, load: Callable[[], MoriLibrary], arch: str) -> None:
         self.name = name
         self.standin = standin
+        #: Devices on which calls can be captured; the double's recorder knows the CPU's memory alone.
+        self.graph_devices: Sequence[str] = ("cpu",) if standin else ("cuda",)
         self._load = load
         self._arch = arch.partition(":")[0]
 

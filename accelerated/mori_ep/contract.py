@@ -17,7 +17,16 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from accelerated import wires
-from accelerated.contract import Contract, ContractError, MaskedSlots, ReceiveLayout, RowOrder, Standing, Support
+from accelerated.contract import (
+    CAPTURES,
+    Contract,
+    ContractError,
+    MaskedSlots,
+    ReceiveLayout,
+    RowOrder,
+    Standing,
+    Support,
+)
 from accelerated.mori_ep import calls
 from accelerated.mori_ep.kernel_types import INTRA_NODE_TYPES, NODE_LEVEL_TYPES
 from reference.catalogue import (
@@ -118,6 +127,9 @@ def contract(problem: Problem, kernel_type: str, arch: str) -> Contract:
         # A rank without tokens has a routing handle that nothing can be replayed from (dispatch_combine.py, routing).
         idle_ranks="handle" not in problem.modes,
         kernels=calls.kernels(problem, kernel_type),
+        # A handle is made of tensors of its own, which a caller may stash (dispatch_combine.py, _alloc_routing_handle).
+        handles_kept=True,
+        captures=frozenset(CAPTURES),
     )
 
 

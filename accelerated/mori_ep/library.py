@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from accelerated.graphs import Recorder
 from accelerated.interface import Finding
 
 #: Distributions that provide the module ``mori`` (MoRI 624002c8, pyproject.toml and README.md).
@@ -42,6 +43,7 @@ class MoriLibrary:
         detect_gpu_arch: ``mori.jit.config.detect_gpu_arch``.
         version: of the distribution.
         origin: directory of the package.
+        recorder: what captures calls where no device can: of the double only.
     """
 
     ops: Any
@@ -49,6 +51,7 @@ class MoriLibrary:
     detect_gpu_arch: Callable[[], str]
     version: str
     origin: str
+    recorder: Recorder | None = None
 
 
 def probe_mori() -> list[Finding]:
@@ -111,6 +114,7 @@ def load_standin() -> MoriLibrary:
         detect_gpu_arch=importlib.import_module("accelerated.standin.mori_ep.jit_config").detect_gpu_arch,
         version="stand-in",
         origin=str(Path(str(double.__file__)).parent),
+        recorder=importlib.import_module("accelerated.standin.mori_ep.graphs"),
     )
 
 

@@ -18,6 +18,7 @@ from conformance.engine.pool import Pool, PoolKey, PoolStartError, Progress, Ran
 from conformance.engine.protocol import Answer, Build, Canary, Mismatch, Run
 from conformance.engine.world import LaunchedPool, World
 from conformance.rank.main import BACKEND_PHASE
+from conformance.rank.phases import AT_STEP
 from conformance.verdicts import Verdict
 
 BUILD_LIMIT_S = {"cpu": 120.0, "cuda": 600.0}
@@ -311,6 +312,7 @@ _OF_A_ROUND = (
     "dispatch.source_map",
     "dispatch.order",
     "dispatch.room",
+    "dispatch.places",
     "combine.codec",
     "combine.output",
     "combine.weights",
@@ -355,6 +357,9 @@ CHECKS = (
     "eplb.load",
     "eplb.logical_load",
     "eplb.replicas",
+    *(f"graph.{check}" for check in (*_OF_A_ROUND, "inputs.modified")),
+    "kept.received",
+    "kept.output",
     "outputs.overwritten",
     "outputs.guard",
     "inputs.modified",
@@ -370,12 +375,14 @@ _PHASES = ("prepare", "load", "forward", "source map", "experts", "call", "final
 def _progress(phase: str) -> tuple[int, int]:
     """How far a rank got, from the text of its phase."""
     name, _, index = phase.partition(" of round ")
+    name, _, step = name.partition(AT_STEP)
+    index = step or index
     return int(index) if index.isdigit() else 0, _PHASES.index(name) if name in _PHASES else -1
 
 
-def _severity(answer: Answer) -> tuple[int, int, int]:
+def _severity(answer: Answer) -> tuple[int, int, int, int]:
     assert answer.mismatch is not None
-    return answer.mismatch.round, CHECKS.index(answer.mismatch.check), answer.rank
+    return answer.mismatch.step, answer.mismatch.round, CHECKS.index(answer.mismatch.check), answer.rank
 
 
 def _first(reply: Reply, status: str) -> Answer | None:

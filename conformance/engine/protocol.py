@@ -17,7 +17,7 @@ class Mismatch(msgspec.Struct):
     """One failed check on one rank, with the coordinates of one bad element. -1 means "not applicable"."""
 
     check: str
-    round: int
+    round: int  # of a sequence's case: the round that the step dispatched or combined
     message: str
     source_rank: int = -1
     token: int = -1
@@ -27,12 +27,14 @@ class Mismatch(msgspec.Struct):
     wanted: str = ""
     bound: str = ""
     routed: str = ""
+    step: int = -1  # of a sequence
 
     def text(self) -> str:
         """One readable paragraph."""
         places = [
             f"{name} {value}"
             for name, value in (
+                ("step", self.step),
                 ("round", self.round),
                 ("source rank", self.source_rank),
                 ("token", self.token),

@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from conformance.cases import Case
-from conformance.engine import row_steps, steps
+from conformance.cases import Case, SequenceCase
+from conformance.engine import row_steps, sequence_steps, steps
 from conformance.row_cases import RowCase
 
 C = TypeVar("C", bound="Case | RowCase")
@@ -170,7 +170,10 @@ class Reducer(Search[Case]):
 
     # ------------------------------------------------------------------ rounds and tokens
     def _fewer_rounds(self) -> None:
-        """Each round alone, then halves and quarters ... out, down to single rounds."""
+        """Each round alone, then halves and quarters ... out, down to single rounds; or steps of a sequence."""
+        if isinstance(self._best, SequenceCase):
+            self._descend(sequence_steps.fewer_steps)  # type: ignore[arg-type]
+            return
         if len(self._best.rounds) > 1:
             self._first([msgspec.structs.replace(self._best, rounds=(r,)) for r in self._best.rounds])
         length = len(self._best.rounds) // 2

@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 import msgspec
 
-from conformance.cases import Case, Cell, Explicit, LayerCase, Round, Rows, Values, expand, row_step
-from conformance.engine import layer_steps
+from conformance.cases import Case, Cell, Explicit, LayerCase, Round, Rows, SequenceCase, Values, expand, row_step
+from conformance.engine import layer_steps, sequence_steps
 from conformance.rank.routing import wire_rows
 from reference.problem import most_tokens
 
@@ -43,10 +43,12 @@ def size(case: Case) -> tuple[Any, ...]:
     """What a reduction lowers, most important first: ranks, rounds, tokens, geometry, settings, placement of tokens."""
     cell, rounds = case.cell, case.rounds
     rows = [rows_of(r) for r in rounds]
+    # A replayed round counts as often as it is dispatched, so that a plain dispatch of a copy is no larger.
+    played = sequence_steps.played(case) if isinstance(case, SequenceCase) else range(len(rounds))
     return (
         cell.world_size,
-        len(rounds),
-        sum(len(tokens) for one in rows for tokens in one),
+        len(played),
+        sum(len(tokens) for index in played for tokens in rows[index]),
         cell.nodes,
         cell.top_k,
         cell.experts,
@@ -55,6 +57,7 @@ def size(case: Case) -> tuple[Any, ...]:
         (cell.mode != "drained", cell.placement != "linear"),
         (len(cell.modes), bool(cell.codec), cell.scale_dim, _wire_cost(cell), sum(bool(r.hidden) for r in rounds)),
         layer_steps.size(case) if isinstance(case, LayerCase) else (),
+        sequence_steps.size(case) if isinstance(case, SequenceCase) else (),
         sum(bool(r.delays_ms) for r in rounds),
         sum(_order(case).index(r.values) for r in rounds),
         sum(r.seed for r in rounds),
@@ -162,6 +165,8 @@ def _folded(case: Case, keep: range, nodes: int) -> Case:
         kept = tuple(tuple(tuple(fold[e] for e in row) for row in rows[r]) for r in keep)
         delays = tuple(a_round.delays_ms[r] for r in keep) if a_round.delays_ms else ()
         rounds.append(msgspec.structs.replace(a_round, routing=Explicit(kept), delays_ms=delays))
+    if isinstance(case, SequenceCase):
+        case = sequence_steps.folded(case, keep)
     return with_cell(
         msgspec.structs.replace(case, rounds=tuple(rounds)), world_size=width, nodes=nodes, experts=width * new
     )
@@ -225,6 +230,8 @@ def settings(case: Case) -> Iterator[Case]:
     """One setting of all rounds, then of one round, made plain."""
     if isinstance(case, LayerCase):
         yield from layer_steps.settings(case)
+    if isinstance(case, SequenceCase):
+        yield from sequence_steps.plainer(case)
     yield linear(case)
     yield msgspec.structs.replace(case, cell=msgspec.structs.replace(case.cell, mode="drained"))
     yield with_cell(case, nodes=1)

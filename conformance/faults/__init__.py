@@ -16,11 +16,14 @@ from accelerated.mori_ep.backend import MoriBackend
 from conformance.faults.backends import faulty
 from conformance.faults.call_catalogue import CALL_FAULTS
 from conformance.faults.catalogue import FAULTS, PROCESS_FAULTS, Fault, Minimum
+from conformance.faults.graph_backends import FaultyGraphBackend, faulty_graphs
+from conformance.faults.graph_catalogue import GRAPH_FAULTS, GraphFault, GraphMinimum
 from conformance.faults.layer_backends import FaultyBackend, faulty_layer
 from conformance.faults.layer_catalogue import LAYER_FAULTS, LayerFault
 from conformance.faults.row_catalogue import ROW_FAULTS
 from conformance.faults.row_fault import RowFault, RowMinimum
 from conformance.faults.row_replacements import faulty_rows
+from conformance.faults.sequence_catalogue import SEQUENCE_FAULTS, SequenceFault, SequenceMinimum
 
 dropped_row = partial(faulty, "dropped_row")
 duplicated_row = partial(faulty, "duplicated_row")
@@ -42,21 +45,29 @@ blocked_in_gloo = partial(faulty, "blocked_in_gloo")
 __all__ = [
     "CALL_FAULTS",
     "FAULTS",
+    "GRAPH_FAULTS",
     "LAYER_FAULTS",
     "PROCESS_FAULTS",
     "ROW_FAULTS",
+    "SEQUENCE_FAULTS",
     "Fault",
+    "GraphFault",
+    "GraphMinimum",
     "LayerFault",
     "Minimum",
     "RowFault",
     "RowMinimum",
+    "SequenceFault",
+    "SequenceMinimum",
 ]
 
 
-def __getattr__(name: str) -> Callable[[str], AiterBackend | FaultyBackend | MoriBackend]:
-    """The factory of a fault of a way of calling, of the row operators, of experts or of layers."""
-    if name in CALL_FAULTS:
+def __getattr__(name: str) -> Callable[[str], AiterBackend | FaultyBackend | FaultyGraphBackend | MoriBackend]:
+    """The factory of a fault of calls (their way, order, capture), of the row operators, of experts or of layers."""
+    if name in CALL_FAULTS or name in SEQUENCE_FAULTS:
         return partial(faulty, name)
+    if name in GRAPH_FAULTS:
+        return partial(faulty_graphs, name)
     if name in ROW_FAULTS:
         return partial(faulty_rows, name)
     if name in LAYER_FAULTS:

@@ -26,6 +26,7 @@ _PLACES: dict[str, tuple[str, ...]] = {
     # The others take a cap beside zero-copy only.
     "cap_ignored": (*NODE_LEVEL_TYPES, "AsyncLL", "InterNode"),
     "stale_replay": ("InterNodeV1",),
+    "replay_in_other_places": ("InterNodeV1",),
     "masked_counted": (*INTRA_NODE_TYPES, "InterNodeV1"),
 }
 
@@ -82,6 +83,12 @@ _CALL_FAULTS = (
         "a replay delivers the payload of the dispatch before it",
         "replay.dispatch.rows",
         Minimum(1, 1, 1, _LOCAL, modes=("handle",)),
+    ),
+    _fault(
+        "replay_in_other_places",
+        "a replay delivers rows in the reverse order, with a source map and a combine to match",
+        "replay.dispatch.places",
+        Minimum(1, 1, 1, ((((0,), (0,)),),), modes=("handle",)),
     ),
     _fault(
         "masked_counted",

@@ -103,6 +103,16 @@ class StaleReplay(EpDispatchCombineOp):
         out.copy_(before)
 
 
+class ReplayInOtherPlaces(EpDispatchCombineOp):
+    """A replay delivers its rows in the reverse order, and its source map and its combine follow."""
+
+    def _replay(self, call: DispatchCall, wire: DispatchWire, ids: torch.Tensor) -> None:
+        assert call.handle is not None
+        source = call.handle.disp_tok_id_to_src_tok_id_local[: int(call.handle.total_recv_token_num)]
+        source.copy_(source.flip(0))
+        super()._replay(call, wire, ids)
+
+
 class MaskedCounted(EpDispatchCombineOp):
     """A masked first slot of a received row is counted as one of the first local expert."""
 

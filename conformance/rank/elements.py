@@ -45,7 +45,17 @@ def elements(rows: torch.Tensor, cell: Cell, kind: Values, dtype: torch.dtype) -
     if bits == 4:
         # The even element is in the low nibble (MoRI 624002c8, packed FP4).
         codes = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)
-    return table(kind, bits).to(rows.device)[codes.long()].to(dtype)
+    return table_on(rows.device, kind, bits)[codes.long()].to(dtype)
+
+
+@cache
+def table_on(device: torch.device, kind: Values, bits: int) -> torch.Tensor:
+    """:func:`table` on a device, copied there once: the copy waits for all that the device has to do.
+
+    A program must have asked for it before the first call of a backend. Expected results are made of the same elements,
+    so it has.
+    """
+    return table(kind, bits).to(device)
 
 
 @cache

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 
 from accelerated.interface import Combined, Operation, Received
+from accelerated.wires import elements
 from conformance.rank.guard import backend_code
+from reference.problem import Problem
 
 
 class GuardedExchange:
@@ -16,18 +18,13 @@ class GuardedExchange:
 
     Args:
         operation: of the backend.
-        hidden: elements of a whole row.
-        top_k: slots of a token.
-        experts_per_rank: counted in the mode ``expert count``.
-        modes: of the problem.
+        problem: that it was built for; its capacity does not matter here.
     """
 
-    def __init__(
-        self, operation: Operation, hidden: int, top_k: int, experts_per_rank: int = 0, modes: tuple[str, ...] = ()
-    ) -> None:
-        self._operation = operation
-        self._hidden, self._top_k = hidden, top_k
-        self._experts_per_rank, self._modes = experts_per_rank, modes
+    def __init__(self, operation: Operation, problem: Problem) -> None:
+        self._operation, self._problem = operation, problem
+        self._dtype: torch.dtype = getattr(torch, problem.dtype)
+        self._tokens = 0  # of the last dispatch, which the next combine answers
 
     def prepare(
         self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None = None
@@ -38,19 +35,21 @@ class GuardedExchange:
             return self._checked(self._operation.prepare(*given), rows, scales)
 
     def _checked(self, received: Received, rows: torch.Tensor, scales: torch.Tensor | None) -> Received:
-        capacity = received.rows.shape[0]
+        capacity, modes, top_k = received.rows.shape[0], self._problem.modes, self._problem.top_k
+        self._tokens = rows.shape[0]
         _expect("rows", received.rows, (capacity, rows.shape[1]), rows.dtype)
         if scales is not None:
             _expect("scales", received.scales, (capacity, scales.shape[1]), scales.dtype)
         elif received.scales is not None:
             raise TypeError("scales came back from a dispatch without wire; the interface asks for None")
-        _expect("ids", received.ids, (capacity, self._top_k), torch.int32)
-        _expect("weights", received.weights, (capacity, self._top_k), torch.float32)
+        _expect("ids", received.ids, (capacity, top_k), torch.int32)
+        _expect("weights", received.weights, (capacity, top_k), torch.float32)
         _expect("count", received.count, (1,), torch.int32)
-        if "expert count" in self._modes:
-            _expect("expert count", received.expert_count, (self._experts_per_rank,), torch.int32)
-        if "zero-copy" in self._modes and received.buffer is None:
-            raise TypeError("no buffer came back; the interface asks for one in the mode zero-copy")
+        if "expert count" in modes:
+            _expect("expert count", received.expert_count, (self._problem.experts_per_rank,), torch.int32)
+        if "zero-copy" in modes:
+            # The experts write into it: what does not hold their rows would trip them.
+            _expect("buffer", received.buffer, (capacity, elements(self._problem, rows)), self._dtype)
         self._guard_calls(received)
         return received
 
@@ -64,7 +63,7 @@ class GuardedExchange:
                     return inner()
 
             received.source_map = source_map
-        if "handle" not in self._modes:
+        if "handle" not in self._problem.modes:
             return
         if received.replay is None:
             raise TypeError("nothing to replay came back; the interface asks for it in the mode handle")
@@ -79,7 +78,9 @@ class GuardedExchange:
     def finalize(self, expert_rows: torch.Tensor, received: Received) -> Combined:
         with backend_code():
             combined = self._operation.finalize(expert_rows, received)
-            _expect("output", combined.output, tuple(combined.output.shape), expert_rows.dtype)
+            _expect("output", combined.output, (self._tokens, expert_rows.shape[1]), expert_rows.dtype)
+            if combined.weights is not None:
+                _expect("combined weights", combined.weights, (self._tokens, self._problem.top_k), torch.float32)
             return combined
 
     def close(self) -> None:

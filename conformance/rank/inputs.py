@@ -66,12 +66,19 @@ def round_inputs(
 
     Always drawn on the CPU, so every device sees the same numbers.
     """
+    part = index + 32 if replayed else index
+    return numbered_inputs(case, index, rank, routing, device, part, stamp_of(index, run, replayed=replayed))
+
+
+def numbered_inputs(
+    case: Case, index: int, rank: int, routing: Rows, device: torch.device, part: int, stamp: int
+) -> Inputs:
+    """Inputs of round ``index`` on source ``rank`` as often as ``part`` says, with a stamp of the caller's."""
     cell, a_round = case.cell, case.rounds[index]
     tokens = len(routing[rank])
-    part = index + 32 if replayed else index
     generator = torch.Generator().manual_seed((a_round.seed * 64 + part) * 1024 + rank)
     rows = _rows(cell, a_round, tokens, generator)
-    tags = row_tags(rank, torch.arange(tokens), stamp_of(index, run, replayed=replayed))
+    tags = row_tags(rank, torch.arange(tokens), stamp)
     if cell.wire:
         rows[:, :TAG_WIDTH] = tags.to(torch.uint8)
     else:

@@ -33,6 +33,14 @@ class ExpectedRows:
 
 
 @dataclass
+class Delivered:
+    """Rows of a dispatch, as they lay there, and their count."""
+
+    rows: torch.Tensor
+    count: torch.Tensor
+
+
+@dataclass
 class Observed:
     """What the backend delivered in one round, cloned on its stream."""
 
@@ -48,6 +56,7 @@ class Observed:
     scales: torch.Tensor | None = None
     expert_count: torch.Tensor | None = None
     kernel: str = ""  # of combine, as the backend calls it
+    repeated: Delivered | None = None  # by the dispatch that this one replays
 
 
 @dataclass
@@ -112,6 +121,7 @@ def judge_dispatch(
         _bad_source_map(index, seen, keys)
         or _bad_order(index, keys, flat, contract.row_order)
         or _bad_room(index, seen, want)
+        or _bad_places(index, seen, keys)
     )
 
 
@@ -243,6 +253,36 @@ def _bad_order(index: int, keys: torch.Tensor, flat: torch.Tensor, promised: Row
         return None
     row = int(falls[0]) + 1
     return Mismatch("dispatch.order", index, f"row {row} breaks the promised order: {promised.value}")
+
+
+def _bad_places(index: int, seen: Observed, keys: torch.Tensor) -> Mismatch | None:
+    """Compare where a replay delivered its rows with where the dispatch that it repeats did.
+
+    A source map that follows does not help who kept places: a handle is for leaving the layout alone.
+    """
+    if seen.repeated is None:
+        return None
+    check = "dispatch.places"
+    kept = read_tags(seen.repeated.rows[: max(int(seen.repeated.count.item()), 0)])[:, :2].cpu()
+    if kept.shape != keys.shape:
+        message = f"{len(keys)} rows are a replay of {len(kept)}"
+        return Mismatch(check, index, message, got=str(len(keys)), wanted=str(len(kept)))
+    moved = (keys != kept).any(1).nonzero()
+    if not moved.numel():
+        return None
+    row = int(moved[0])
+    (rank, token), before = keys[row].tolist(), tuple(kept[row].tolist())
+    return Mismatch(
+        check,
+        index,
+        f"{moved.numel()} of {len(keys)} rows are in other places than in the dispatch that is replayed, the first is "
+        f"row {row}, (source rank, token) {before} then",
+        source_rank=rank,
+        token=token,
+        got=str((rank, token)),
+        wanted=str(before),
+        bound="the same row in every place",
+    )
 
 
 def judge_combine(

@@ -6,3 +6,5 @@ from collections.abc import Callable
 
 #: Takes the name of a phase and the number of the round or call.
 SetPhase = Callable[[str, int], None]
+#: Between the name of a phase and the number of the step of a sequence.
+AT_STEP = " at step "

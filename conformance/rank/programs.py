@@ -11,11 +11,12 @@ rounds are safe; that is what free-running is for.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
 from accelerated.contract import Accumulation, Contract, ReceiveLayout
-from accelerated.interface import Operation, RankContext, Received
+from accelerated.interface import Combined, Operation, RankContext, Received
 from conformance.cases import MAX_REPLAYED, Case, Rows, expand
 from conformance.engine.protocol import Mismatch
 from conformance.rank.elements import elements
@@ -23,6 +24,7 @@ from conformance.rank.experts import LocalExperts, dense_experts
 from conformance.rank.guard import synchronise
 from conformance.rank.inputs import DTYPES, INTEGER_GRID, Inputs, round_inputs, stamp_of
 from conformance.rank.judge import (
+    Delivered,
     ExpectedResult,
     ExpectedRows,
     Observed,
@@ -40,8 +42,31 @@ from reference.combine_numerics import CombineCodec
 from reference.intervals import Interval
 
 Expectation = tuple[ExpectedRows, ExpectedResult]
-#: (round, whether it is the replay).
-Step = tuple[int, bool]
+#: (round, whether it is the replay); in a sequence (round, number of the step).
+Step = tuple[int, int]
+
+
+@dataclass
+class Sent:
+    """One dispatch: what came back, which is the backend's, and what it held then, cloned on its stream."""
+
+    received: Received
+    rows: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    count: torch.Tensor
+    scales: torch.Tensor | None
+    expert_count: torch.Tensor | None
+    source_map: torch.Tensor | None
+    repeats: Sent | None = None  # the dispatch that this one replays
+
+
+@dataclass
+class Returned:
+    """One combine: what came back, which is the backend's, and the experts' rows that it was given."""
+
+    combined: Combined
+    expert_rows: torch.Tensor
 
 
 def _grid(case: Case, index: int) -> float | None:
@@ -69,28 +94,32 @@ class Program:
         phase("inputs", 0)
         self._run += 1  # every rank counts the same runs
         context = self._context
-        # What the other ranks route is needed where their rows are built again here.
-        every_row = self._contract.receive_layout is ReceiveLayout.EVERY_ROW
-        only = None if every_row or self._by_oracle(case) else context.rank
-        routings = [wire_rows(case.cell, expand(case.cell, r.routing, only)) for r in case.rounds]
+        routings = self._routings(case)
         replays = (False, True) if "handle" in case.cell.modes else (False,)
-        steps = [(index, replayed) for index in range(len(case.rounds)) for replayed in replays]
+        steps: list[Step] = [(index, replayed) for index in range(len(case.rounds)) for replayed in replays]
         inputs = [self._inputs(case, step, context.rank, routings[step[0]]) for step in steps]
         handed = [one.clone() for one in inputs]
         phase("expected", 0)
         expected = [self._expect(case, step, routings[step[0]], one) for step, one in zip(steps, inputs, strict=True)]
         seen: list[Observed] = []
-        received: Received | None = None
+        sent: Sent | None = None
         for (index, replayed), one in zip(steps, handed, strict=True):
-            found, received = self._round(case, index, one, phase, received if replayed else None)
+            found, sent = self._round(case, index, one, phase, sent if replayed else None)
             seen.append(found)
         self.kernels = tuple(sorted({str(one.kernel) for one in seen if one.kernel}))
         phase("judge", 0)
         return self._judge(case, steps, inputs, seen, expected)
 
+    def _routings(self, case: Case) -> list[Rows]:
+        """Routing of each round, as dispatched."""
+        # What the other ranks route is needed where their rows are built again here.
+        every_row = self._contract.receive_layout is ReceiveLayout.EVERY_ROW
+        only = None if every_row or self._by_oracle(case) else self._context.rank
+        return [wire_rows(case.cell, expand(case.cell, r.routing, only)) for r in case.rounds]
+
     def _inputs(self, case: Case, step: Step, source: int, routing: Rows) -> Inputs:
         index, replayed = step
-        return round_inputs(case, index, source, routing, self._context.device, self._run, replayed=replayed)
+        return round_inputs(case, index, source, routing, self._context.device, self._run, replayed=bool(replayed))
 
     # ------------------------------------------------------------------ expected results
     def _by_oracle(self, case: Case) -> bool:
@@ -138,9 +167,9 @@ class Program:
             return self._expected_rows(case, step, routing), result
         keys = torch.stack([sent.source_rank, sent.source_token], dim=1).cpu()
         rows = Inputs(sent.rows, sent.ids, sent.weights, sent.scales)
-        return self._received(case, keys, rows), result
+        return self._received(case, step[0], keys, rows), result
 
-    def _received(self, case: Case, keys: torch.Tensor, rows: Inputs) -> ExpectedRows:
+    def _received(self, case: Case, index: int, keys: torch.Tensor, rows: Inputs) -> ExpectedRows:
         """What a rank is to see of the rows it receives."""
         cell = case.cell
         weights = None if "weightless" in cell.modes else rows.weights
@@ -150,7 +179,7 @@ class Program:
             local = rows.ids.long() - self._context.rank * per_rank
             local = local[(local >= 0) & (local < per_rank)]
             count = torch.bincount(local, minlength=per_rank).to(torch.int32)
-        room = None if self._contract.exact_rows else cell.problem().most_rows
+        room = None if self._contract.exact_rows else cell.world_size * case.room(index)
         return ExpectedRows(keys, rows.rows, rows.ids, weights, rows.scales, count, room)
 
     def _answers(
@@ -177,7 +206,7 @@ class Program:
         parts = parts or [self._inputs(case, step, 0, routing).pick([])]
         names = ("rows", "ids", "weights", *(() if parts[0].scales is None else ("scales",)))
         columns = Inputs(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-        return self._received(case, torch.tensor(keys, dtype=torch.int64).reshape(-1, 2), columns)
+        return self._received(case, step[0], torch.tensor(keys, dtype=torch.int64).reshape(-1, 2), columns)
 
     def _result_of_oracle(self, case: Case, index: int, routing: Rows, inputs: Inputs) -> ExpectedResult:
         cell, device, kind = case.cell, self._context.device, case.rounds[index].values
@@ -202,55 +231,79 @@ class Program:
 
     # ------------------------------------------------------------------ the backend
     def _round(
-        self, case: Case, index: int, inputs: Inputs, phase: SetPhase, cached: Received | None
-    ) -> tuple[Observed, Received]:
+        self, case: Case, index: int, inputs: Inputs, phase: SetPhase, cached: Sent | None
+    ) -> tuple[Observed, Sent]:
         """One dispatch and combine; a replay of ``cached`` if it is given."""
         delays = case.rounds[index].delays_ms
         if delays and delays[self._context.rank] and cached is None:
             time.sleep(delays[self._context.rank] / 1000)
+        sent = self._send(case, index, inputs, phase, cached, self._operation)
+        found, _ = self._return(case, index, sent, inputs, phase, self._operation)
+        return found, sent
+
+    def _send(
+        self,
+        case: Case,
+        index: int,
+        inputs: Inputs,
+        phase: SetPhase,
+        cached: Sent | None,
+        operation: Operation,
+    ) -> Sent:
+        """Dispatch a round, or replay it along ``cached``."""
         drained = case.cell.mode == "drained"
         if cached is None:
             phase("prepare", index)
-            received = self._prepare(inputs)
+            received = _prepare(operation, inputs)
         else:
             phase("replay", index)
-            assert cached.replay is not None
-            received = cached.replay(inputs.rows, inputs.weights, inputs.scales)
+            assert cached.received.replay is not None
+            received = cached.received.replay(inputs.rows, inputs.weights, inputs.scales)
         source_map = None
-        promised = drained and self._contract.source_map
         if drained:
             self._synchronise()
             if received.source_map is not None:
                 phase("source map", index)
                 source_map = received.source_map()
         phase("experts", index)
-        kept = (received.rows.clone(), received.ids.clone(), received.weights.clone(), received.count.clone())
-        scales = None if received.scales is None else received.scales.clone()
-        counted = None if received.expert_count is None else received.expert_count.clone()
-        outputs = self._poisoned_outputs(case, index, received, drained)
+        return Sent(
+            received,
+            received.rows.clone(),
+            received.ids.clone(),
+            received.weights.clone(),
+            received.count.clone(),
+            None if received.scales is None else received.scales.clone(),
+            None if received.expert_count is None else received.expert_count.clone(),
+            source_map,
+            cached,
+        )
+
+    def _return(
+        self, case: Case, index: int, sent: Sent, inputs: Inputs, phase: SetPhase, operation: Operation
+    ) -> tuple[Observed, Returned]:
+        """Run the experts on what was received, and combine."""
+        drained = case.cell.mode == "drained"
+        outputs = self._poisoned_outputs(case, index, sent.received, drained)
         phase("finalize", index)
-        combined = self._operation.finalize(outputs, received)
+        combined = operation.finalize(outputs, sent.received)
         if drained:
             self._synchronise()
-        weights = None if combined.weights is None else combined.weights.clone()
         found = Observed(
-            *kept,
-            source_map,
+            sent.rows,
+            sent.ids,
+            sent.weights,
+            sent.count,
+            sent.source_map,
             combined.output.clone(),
-            weights,
+            None if combined.weights is None else combined.weights.clone(),
             inputs,
-            source_map_promised=promised,
-            scales=scales,
-            expert_count=counted,
+            source_map_promised=drained and self._contract.source_map,
+            scales=sent.scales,
+            expert_count=sent.expert_count,
+            repeated=None if sent.repeats is None else Delivered(sent.repeats.rows, sent.repeats.count),
             kernel=combined.kernel,
         )
-        return found, received
-
-    def _prepare(self, inputs: Inputs) -> Received:
-        given = (inputs.rows, inputs.ids, inputs.weights)
-        if inputs.scales is None:
-            return self._operation.prepare(*given)
-        return self._operation.prepare(*given, inputs.scales)
+        return found, Returned(combined, outputs)
 
     def _poisoned_outputs(self, case: Case, index: int, received: Received, drained: bool) -> torch.Tensor:
         """Expert rows for the valid prefix and NaN beyond it, in the backend's buffer or in one as long."""
@@ -283,19 +336,37 @@ class Program:
     ) -> tuple[Mismatch | None, float]:
         worst = 0.0
         for (index, replayed), pristine, one, (rows, result) in zip(steps, inputs, seen, expected, strict=True):
-            stamp = stamp_of(index, self._run, replayed=replayed)
+            stamp = stamp_of(index, self._run, replayed=bool(replayed))
             mismatch = judge_dispatch(index, one, rows, self._contract, stamp)
-            if mismatch is None and not case.cell.wire and case.rounds[index].values == "bits":
-                # They hold NaN and infinities: what is summed of them means nothing, but the weights do.
-                mismatch = judge_weights(index, one, result, self._contract)
-            elif mismatch is None:
-                mismatch, ratio = judge_combine(index, one, result, self._contract)
+            if mismatch is None:
+                mismatch, ratio = self._judge_result(case, index, one, result)
                 worst = max(worst, ratio)
             mismatch = mismatch or judge_kernel(index, one, self._contract)
             mismatch = mismatch or judge_inputs(index, one.inputs, pristine)
             if mismatch is not None:
-                return _of_replay(mismatch) if replayed else mismatch, worst
+                return self._told(case, mismatch, bool(replayed)), worst
         return None, worst
+
+    def _told(self, case: Case, mismatch: Mismatch, replayed: bool) -> Mismatch:
+        """A mismatch as it is reported."""
+        del case
+        return _of_replay(mismatch) if replayed else mismatch
+
+    def _judge_result(
+        self, case: Case, index: int, seen: Observed, result: ExpectedResult
+    ) -> tuple[Mismatch | None, float]:
+        """Judge what combine returned for a round."""
+        if not case.cell.wire and case.rounds[index].values == "bits":
+            # They hold NaN and infinities: what is summed of them means nothing, but the weights do.
+            return judge_weights(index, seen, result, self._contract), 0.0
+        return judge_combine(index, seen, result, self._contract)
+
+
+def _prepare(operation: Operation, inputs: Inputs) -> Received:
+    given = (inputs.rows, inputs.ids, inputs.weights)
+    if inputs.scales is None:
+        return operation.prepare(*given)
+    return operation.prepare(*given, inputs.scales)
 
 
 def _applied(case: Case, weights: torch.Tensor) -> torch.Tensor:

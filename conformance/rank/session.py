@@ -22,11 +22,12 @@ from accelerated.operators import NormContract, NormOperation, NormResult, Quant
 from accelerated.registry import backend
 from accelerated.routers import RouteContract
 from accelerated.sorting import SortContract
-from conformance.cases import AnyCase, AnyCell, Case, LayerCase, LayerCell
+from conformance.cases import AnyCase, AnyCell, Case, GraphCell, LayerCase, LayerCell, SequenceCell
 from conformance.engine.protocol import Mismatch
 from conformance.rank.cross_layer import Neighbours
 from conformance.rank.expert_program import ExpertProgram
 from conformance.rank.experts import LocalExperts
+from conformance.rank.graph_program import graph_program
 from conformance.rank.guard import backend_code, expect_tensor
 from conformance.rank.guarded_exchange import GuardedExchange
 from conformance.rank.guarded_layers import GuardedExperts, GuardedLayer, Together
@@ -35,6 +36,7 @@ from conformance.rank.main import RankSetup
 from conformance.rank.programs import Program
 from conformance.rank.rendezvous import store_of
 from conformance.rank.row_programs import RowProgram
+from conformance.rank.sequence_program import sequence_program
 from conformance.rank.sort_program import SortProgram
 from conformance.rank.whole_experts import whole_experts
 from conformance.rank.whole_layer import WholeLayerProgram, whole_layer
@@ -153,8 +155,13 @@ class RankSession:
         if isinstance(cell, LayerCell):
             self._program = self._layer_program(cell, built, contract)
             return
-        per_rank = cell.experts // cell.world_size
-        self._operation = GuardedExchange(built, cell.hidden, cell.top_k, per_rank, cell.modes)
+        if isinstance(cell, SequenceCell):
+            self._operation = self._program = sequence_program(self._context, self._backend, self._session, cell, built)
+            return
+        if isinstance(cell, GraphCell):
+            self._operation = self._program = graph_program(self._context, self._backend, self._session, cell, built)
+            return
+        self._operation = GuardedExchange(built, cell.problem())
         experts = LocalExperts(cell, self._context.rank, self._context.device)
         self._program = Program(self._context, self._operation, exchange(contract), self._backend.judged_by, experts)
 

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from accelerated.contract import Standing
 from accelerated.interface import Backend
 from accelerated.registry import backend
-from conformance.cases import AnyCase, AnyCell, Case, Cell, Explicit, LayerCell, Round
+from conformance.cases import AnyCase, AnyCell, Case, Cell, Explicit, GraphCell, LayerCell, Round, SequenceCell
 from conformance.engine.driver import Driver, InfraError, Limits, Outcome, StartError
 from conformance.row_cases import RowCell
 from conformance.suite import call_plan, kinds
@@ -46,10 +46,11 @@ Told = Callable[[CapabilityRecord], None]
 
 
 def manner(cell: AnyCell) -> str:
-    """How the calls of a cell differ from plain ones: wire format, combine codec and modes."""
+    """How the calls of a cell differ from plain ones: wire format, combine codec, modes, and that they are captured."""
     if isinstance(cell, RowCell):
         return ""
-    return " ".join(part for part in (cell.wire, cell.codec, *cell.modes) if part)
+    captured = "captured" if isinstance(cell, GraphCell) else ""
+    return " ".join(part for part in (cell.wire, cell.codec, *cell.modes, captured) if part)
 
 
 def widened(plan: Plan, options: Options) -> Plan:
@@ -103,6 +104,8 @@ def subjects(plan: Plan, barred: Sequence[Waiver] = ()) -> list[PlannedCell]:
     found: dict[tuple[Any, ...], PlannedCell] = {}
     for planned in sorted(plan.cells, key=size):
         cell = planned.cell
+        if isinstance(cell, SequenceCell):
+            continue  # calls that others try one by one
         found.setdefault((cell.backend, cell.world_size, cell.kernel_type, cell.nodes, manner(cell)), planned)
     return [found[key] for key in sorted(found)]
 
@@ -110,7 +113,7 @@ def subjects(plan: Plan, barred: Sequence[Waiver] = ()) -> list[PlannedCell]:
 def tiny(planned: PlannedCell, made: Backend) -> AnyCase:
     """A small case with something to do: a token per rank for the next one's experts, or the least of its own kind."""
     cell = planned.cell
-    if isinstance(cell, Cell) and not isinstance(cell, LayerCell):
+    if isinstance(cell, Cell) and not isinstance(cell, LayerCell | GraphCell):
         per_rank = cell.experts // cell.world_size
         rows = tuple(
             (tuple(((rank + 1) * per_rank + slot) % cell.experts for slot in range(cell.top_k)),)

@@ -12,10 +12,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from conformance.cases import AnyCase, AnyCell, Case, LayerCase, Recipe, Relation, Values, Weighting, expand
+from conformance.cases import (
+    AnyCase,
+    AnyCell,
+    Case,
+    LayerCase,
+    Recipe,
+    Relation,
+    SequenceCase,
+    Values,
+    Weighting,
+    expand,
+)
 from conformance.rank.routing import wire_rows
 from conformance.recipes import ARCHETYPES
 from conformance.row_cases import KINDS, RowCase, Weight
+from conformance.sequence_cases import STEP_KINDS, kind_of
 from conformance.suite import coverage, kinds
 from conformance.suite.predicates import Field
 
@@ -135,6 +147,10 @@ def _archetypes(case: AnyCase) -> tuple[str, ...] | None:
     return tuple(r.routing.archetype for r in case.rounds if isinstance(r.routing, Recipe))
 
 
+def _steps(case: AnyCase) -> tuple[str, ...] | None:
+    return tuple(map(kind_of, case.sequence)) if isinstance(case, SequenceCase) else None
+
+
 def _patterns(case: AnyCase) -> tuple[str, ...] | None:
     return tuple(p.kind for call in case.calls for p in call.patterns) if isinstance(case, RowCase) else None
 
@@ -159,6 +175,7 @@ FACTS: dict[str, Fact] = {
     "relation": Fact(Field(str, get_args(Relation)), lambda case: _rounds(case, "relation")),
     "kind": Fact(Field(str, KINDS), _patterns),  # of rows
     "weight": Fact(Field(str, get_args(Weight)), lambda case: _rounds(case, "weight")),
+    "step": Fact(Field(str, STEP_KINDS), _steps),  # of a sequence
     "into": Fact(Field(bool), lambda case: _any(case, "into")),
 }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from accelerated.contract import Standing
+from accelerated.contract import Standing, exchange
 from accelerated.interface import Backend, Finding
 from accelerated.layer import halves_of
 from accelerated.mori_ep.backend import torch_builds
@@ -25,13 +25,13 @@ from accelerated.mori_ep.launch import session_heap_bytes
 from accelerated.mori_ep.library import probe_mori
 from accelerated.operators import Family, operators_of
 from accelerated.registry import BackendError, backend
-from conformance import __version__
+from conformance import __version__, sequence_rules
 from conformance.case_files import decode
-from conformance.cases import AnyCase, AnyCell, CaseError, LayerCell
+from conformance.cases import AnyCase, AnyCell, CaseError, GraphCase, LayerCase, LayerCell, SequenceCase
 from conformance.engine.lease import core_slots
 from conformance.layer_pairs import misfit
 from conformance.row_cases import RowCase, RowCell
-from conformance.suite import kinds, launched, preflight
+from conformance.suite import graph_plan, kinds, launched, preflight
 from conformance.suite.cells import Plan, PlannedCell, Unsupported
 from conformance.suite.kernels import refuse_unexpected
 from conformance.suite.options import Options, prepare_output
@@ -316,7 +316,7 @@ def fingerprint(gpus: Sequence[str] = ()) -> dict[str, str]:
     found.update({f"torch.{name}": version for name, version in torch_builds().items() if version})
     found.update({f"gpu{index}": gpu for index, gpu in enumerate(gpus)})
     for name, value in sorted(os.environ.items()):
-        if name.startswith(("MORI_", "AITER_", "EP_AITER_")) or name in VISIBLE_DEVICES:
+        if name.startswith(("MORI_", "AITER_", "EP_AITER_", "STANDIN_")) or name in VISIBLE_DEVICES:
             found[name] = value
     return found
 
@@ -366,13 +366,32 @@ def _refusal(case: AnyCase, options: Options, gpus: int | None) -> str:
         return reason
     if options.launched is None and gpus is not None and cell.world_size > gpus:
         return f"the case needs {cell.world_size} GPUs and {gpus} are visible"
-    if not isinstance(cell, LayerCell):
-        return ""
-    if cell.router:
+    reason = ""
+    if isinstance(case, SequenceCase):
+        reason = sequence_rules.misfit(case, made)
+    elif isinstance(case, GraphCase):
+        reason = graph_plan.refusal(case, made, options.device)
+    elif isinstance(cell, LayerCell) and cell.router:
         support = made.support(cell.route_problem(), cell.router)
         if support.standing is Standing.REFUSED:
-            return f"backend {cell.backend!r} does not take router {cell.router!r}: {support.reason}"
-    return _apart(cell, made, options) if cell.against else ""
+            reason = f"backend {cell.backend!r} does not take router {cell.router!r}: {support.reason}"
+    if not reason and isinstance(cell, LayerCell) and cell.against:
+        reason = _apart(cell, made, options)
+    if not reason and not kinds.legal(made, case, options.arch):
+        # What would happen is undefined, and no failure of the backend.
+        reason = f"the contract of backend {cell.backend!r} for this cell does not take {_untaken(case, made)}"
+    return reason
+
+
+def _untaken(case: AnyCase, made: Backend) -> str:
+    """What of a case its cell's contract does not take."""
+    if not isinstance(case, RowCase | LayerCase):
+        contract = exchange(made.contract(case.cell.problem(), case.cell.kernel_type))
+        if not contract.idle_ranks and any(0 in counts for counts in case.token_counts()):
+            return "a rank without a token; give every rank one in every round"
+        if not contract.narrow_rows and any(a_round.hidden for a_round in case.rounds):
+            return "rows shorter than the cell's; make hidden 0 in every round"
+    return "masked slots, duplicates, counts or lengths that the case has"
 
 
 def _apart(cell: LayerCell, made: Backend, options: Options) -> str:

@@ -6,8 +6,9 @@ What a hit class does not prove: that the backend took a different path because 
 from __future__ import annotations
 
 from accelerated.mori_ep.calls import BLOCKWISE_TYPES, fast_rows
-from conformance.cases import Case, Cell, LayerCell, Recipe, expand, routing_counts
+from conformance.cases import Case, Cell, LayerCell, Recipe, SequenceCase, expand, routing_counts
 from conformance.rank.routing import wire_rows
+from conformance.sequence_cases import Poison, kind_of
 from reference.catalogue import VLLM_BACKENDS
 
 #: Ways in which a blockwise combine adds up, as its contract tells them apart.
@@ -17,6 +18,9 @@ COMBINES = ("fast", "generic")
 def classes(case: Case) -> tuple[str, ...]:
     """Names of the classes that any round of the case hits."""
     hit: set[str] = set()
+    if isinstance(case, SequenceCase):
+        hit |= {f"step {kind_of(step)}" for step in case.sequence}
+        hit |= {f"poison {step.what}" for step in case.sequence if isinstance(step, Poison)}
     cell = case.cell
     per_rank = cell.experts // cell.world_size
     for a_round in case.rounds:

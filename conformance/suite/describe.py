@@ -6,8 +6,9 @@ What the words leave out: rows beyond the first few; the stored case has them.
 from __future__ import annotations
 
 from accelerated.operators import Family
-from conformance.cases import AnyCase, Case, Cell, Explicit, LayerCase
+from conformance.cases import AnyCase, Case, Cell, Explicit, GraphCase, LayerCase, SequenceCase
 from conformance.row_cases import BIASES, Pattern, RowCase
+from conformance.sequence_cases import told
 
 _SHOWN_TOKENS = 12
 
@@ -16,7 +17,28 @@ def describe(case: AnyCase) -> list[str]:
     """Lines that say what the case is."""
     if isinstance(case, LayerCase):
         return _layer(case)
+    if isinstance(case, GraphCase):
+        return _graphs(case)
+    if isinstance(case, SequenceCase):
+        return _sequence(case)
     return _rows(case) if isinstance(case, RowCase) else _exchange(case)
+
+
+def _sequence(case: SequenceCase) -> list[str]:
+    lines = _exchange(case)
+    lines[0] += f", a second operator of capacity {case.cell.second}" if case.cell.second else ""
+    return lines + [f"  step {number}: {told(step)}" for number, step in enumerate(case.sequence)]
+
+
+def _graphs(case: GraphCase) -> list[str]:
+    cell, lines = case.cell, _exchange(case)
+    form = "dispatch and combine in graphs of their own" if cell.halves else f"{cell.length} round(s) in a graph"
+    lines[0] += f", {form}, captured {'after a warm-up' if cell.warm else 'cold'}"
+    for index, a_round in enumerate(case.rounds):
+        how = f"replayed by graph {a_round.graph}" if a_round.graph >= 0 else "eager"
+        how += "; before it everything was dropped and made anew" if case.rebuilt and index == case.rebuilt else ""
+        lines.append(f"  round {index}: {how}")
+    return lines
 
 
 def _layer(case: LayerCase) -> list[str]:

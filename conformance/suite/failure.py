@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerated.mori_ep import transports
-from conformance.cases import AnyCase, LayerCase, encode
+from conformance.cases import AnyCase, LayerCase, SequenceCase, encode
 from conformance.engine.driver import Outcome
 from conformance.row_cases import RowCase
 from conformance.suite.describe import describe
@@ -96,6 +96,7 @@ class Failure:
         if self.minimal != self.original:
             before = self.original.cell.world_size
             unit = "calls" if isinstance(self.original, RowCase) else "rounds"
+            unit = "steps" if isinstance(self.original, SequenceCase) else unit
             text += (
                 f" ({before} ranks, {self.original.steps} {unit}, {self.original.tokens} tokens); "
                 f"reduced in {self.tried} candidates"

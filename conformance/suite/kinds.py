@@ -19,13 +19,32 @@ from accelerated.routers import RouteContract
 from accelerated.sorting import SortContract
 from conformance import layer_generation, layer_rules
 from conformance.case_files import validate, validate_layer
-from conformance.cases import AnyCase, AnyCell, Case, CaseError, Explicit, LayerCase, LayerCell
+from conformance.cases import (
+    AnyCase,
+    AnyCell,
+    Case,
+    CaseError,
+    Explicit,
+    GraphCase,
+    GraphCell,
+    LayerCase,
+    LayerCell,
+    SequenceCase,
+    SequenceCell,
+)
+from conformance.engine.graph_reducer import GraphReducer
 from conformance.engine.reducer import Reducer, Reduction, RowReducer
 from conformance.generation import MASKED, cases, strata
+from conformance.graph_cases import misfit as misfit_graphs
+from conformance.graph_cases import validate_graphs
+from conformance.graph_generation import first_case, graph_cases, graph_strata
 from conformance.layer_pairs import misfit
 from conformance.row_cases import RowCase, RowCell
 from conformance.row_generation import RowContract, ladder, row_cases, takes
-from conformance.suite import coverage, layer_coverage, row_coverage
+from conformance.sequence_generation import sequence_cases
+from conformance.sequence_rules import misfit as misfit_sequence
+from conformance.sequence_rules import validate_sequence
+from conformance.suite import coverage, graph_coverage, layer_coverage, row_coverage
 from conformance.suite.cells import PlannedCell
 from reference.problem import ProblemError
 
@@ -36,6 +55,8 @@ def fixed_cases(planned: PlannedCell, contract: object) -> Iterator[AnyCase]:
     """Cases that every run of a cell begins with."""
     if isinstance(planned.cell, RowCell):
         yield from ladder(planned.cell, row_contract(contract), short=planned.short)
+    elif isinstance(planned.cell, GraphCell):
+        yield first_case(planned.cell, exchange(contract))
     elif isinstance(planned.cell, LayerCell) and not planned.cell.whole:
         experts = _layer_contract(contract)
         assert isinstance(experts, ExpertContract)
@@ -53,6 +74,12 @@ def drawn_parts(cell: AnyCell, contract: object, examples: int) -> list[Part]:
         shares = layer_generation.strata_of(cell, layer, examples)
         return [(name, share, layer_generation.layer_cases(cell, layer, name)) for name, share in shares if share]
     declared = exchange(contract)
+    if isinstance(cell, GraphCell):
+        parts = graph_strata(cell, declared, examples)
+        return [(name, share, graph_cases(cell, declared, name)) for name, share in parts]
+    if isinstance(cell, SequenceCell):
+        parts = strata(cell, declared, examples)
+        return [(name, share, sequence_cases(cell, declared, name)) for name, share in parts]
     return [(name, share, cases(cell, declared, name)) for name, share in strata(cell, declared, examples)]
 
 
@@ -60,12 +87,16 @@ def classes(case: AnyCase) -> tuple[str, ...]:
     """Input classes that a case hits."""
     if isinstance(case, LayerCase):
         return layer_coverage.classes(case)
+    if isinstance(case, GraphCase):
+        return graph_coverage.classes(case)
     return row_coverage.classes(case) if isinstance(case, RowCase) else coverage.classes(case)
 
 
 def required(planned: PlannedCell, contract: object, parts: list[Part]) -> frozenset[str]:
     """Classes without which a cell's checks mean nothing."""
     cell = planned.cell
+    if isinstance(cell, GraphCell):
+        return graph_coverage.required(cell, exchange(contract))
     if isinstance(cell, RowCell):
         return row_coverage.required(cell, empty=row_contract(contract).takes_empty, short=planned.short)
     if isinstance(cell, LayerCell):
@@ -91,6 +122,8 @@ def reduced(
     """Smallest case that a search from ``case`` finds."""
     if isinstance(case, RowCase):
         return RowReducer(fails, allowed, budget_s).reduce(case)
+    if isinstance(case, GraphCase):
+        return GraphReducer(fails, allowed, budget_s).reduce(case)
     return Reducer(fails, allowed, budget_s).reduce(case)
 
 
@@ -116,6 +149,10 @@ def legal(made: Backend, case: AnyCase, arch: str) -> bool:
             return False
         return layer_rules.takes(_layer_contract(made.contract(problem, case.cell.kernel_type)), case)
     contract = exchange(made.contract(problem, case.cell.kernel_type))
+    if isinstance(case, GraphCase) and not captured(case, contract):
+        return False
+    if isinstance(case, SequenceCase) and not sequence_legal(case, made):
+        return False
     if case.cell.special and not _takes_calls(contract, case):
         return False
     if contract.masked_slots is MaskedSlots.DROPPED:
@@ -133,6 +170,26 @@ def _takes_calls(contract: Contract, case: Case) -> bool:
     narrow = any(a_round.hidden for a_round in case.rounds)
     idle = any(0 in counts for counts in case.token_counts())
     return (contract.narrow_rows or not narrow) and (contract.idle_ranks or not idle)
+
+
+def sequence_legal(case: SequenceCase, made: Backend) -> bool:
+    """Whether a sequence is well-formed and the backend promises what it relies on."""
+    try:
+        validate(case)
+        validate_sequence(case)
+    except CaseError:
+        return False
+    return not misfit_sequence(case, made)
+
+
+def captured(case: GraphCase, contract: Contract) -> bool:
+    """Whether a case of captured calls is well-formed and its contract promises what it asks."""
+    try:
+        validate(case)
+        validate_graphs(case)
+    except CaseError:
+        return False
+    return not misfit_graphs(case, contract)
 
 
 def caveat(made: Backend, device: str) -> str:

@@ -20,6 +20,7 @@ from accelerated.mori_ep import transports
 from accelerated.operators import operators_of
 from accelerated.registry import BackendError, backend
 from conformance.engine.world_protocol import read_token, split_address
+from conformance.hazards.catalogue import chosen
 from conformance.suite import preflight
 from conformance.suite.layer_plan import is_layer
 from conformance.suite.plan import DEFAULT_EP_SIZES
@@ -83,6 +84,8 @@ class Options:
     transport: str = transports.DEFAULT  # of MoRI's puts within a host
     world: str = ""  # address on which the agents of a launched world are awaited
     launched: Launched | None = None  # what came together there
+    hazards: tuple[str, ...] = ()  # to probe in the place of a run
+    gate_hazards: bool = False
 
     @property
     def records(self) -> Path:
@@ -188,6 +191,15 @@ def add_options(parser: pytest.Parser) -> None:
         help="run no cell: build and call every kernel type and operator once, plainly and with each wire, codec and "
         "mode, in processes of its own; print and record what this build can do on this machine",
     )
+    group.addoption(
+        "--hazards",
+        default=None,
+        metavar="NAME[,NAME...]|all",
+        help="run no cell: look for known hazards of MoRI, each in a pool of its own, and say PRESENT, ABSENT or "
+        "UNTESTED of each. Never done unless asked for: on hardware some probes write out of bounds, kill ranks or "
+        "hang, so run it where nothing else runs",
+    )
+    group.addoption("--gate-hazards", action="store_true", help="end with exit 1 if a hazard is PRESENT")
     group.addoption("--replay", action="append", default=None, metavar="PATH", help="run exactly these recorded cases")
 
 
@@ -249,6 +261,8 @@ def read_options(config: pytest.Config) -> Options:
         expect_arch=_expected_arch(config.getoption("--expect-arch")),
         transport=_transport(config.getoption("--transport"), names, arch),
         world=_world(config.getoption("--world"), config.getoption("numprocesses", None)),
+        hazards=hazards_of(config),
+        gate_hazards=bool(config.getoption("--gate-hazards")),
     )
 
 
@@ -283,6 +297,25 @@ def _world(address: str | None, workers: int | None) -> str:
     except ValueError as error:
         raise pytest.UsageError(f"--world: {error}") from error
     return address
+
+
+def hazards_of(config: pytest.Config) -> tuple[str, ...]:
+    """The hazards that the options name.
+
+    Raises:
+        pytest.UsageError: a name is unknown, or the options contradict each other.
+    """
+    text = config.getoption("--hazards")
+    if text is None:
+        if config.getoption("--gate-hazards"):
+            raise pytest.UsageError("--gate-hazards without --hazards: nothing is probed; name hazards, or 'all'")
+        return ()
+    if config.getoption("capabilities"):
+        raise pytest.UsageError("--hazards is given with --capabilities, and either takes the place of a run")
+    try:
+        return chosen(text)
+    except ValueError as error:
+        raise pytest.UsageError(f"--hazards: {error}") from error
 
 
 def _waivers(path: str | None) -> tuple[Waiver, ...]:

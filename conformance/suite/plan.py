@@ -2,8 +2,9 @@
 
 Geometry is fixed per cell. Synthetic geometries sit on awkward sizes; every real model shape is touched, spread over
 kernel types and EP sizes in the gate tier and crossed with all of them in explore. Wires, combine codecs and ways of
-calling are planned in pairs (:mod:`conformance.suite.call_plan`). What the plan does not contain: graphs, and all
-numbers of nodes: it has one, two, nodes of eight ranks, and those of a launched world.
+calling are planned in pairs (:mod:`conformance.suite.call_plan`), orders of calls and soaks in
+:mod:`conformance.suite.sequence_plan`. What the plan does not contain: all numbers of nodes: it has one, two, nodes of
+eight ranks, and those of a launched world.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from conformance.cases import Cell, Placement
 from conformance.row_cases import Mode
 from conformance.suite.call_plan import call_cells
 from conformance.suite.cells import Plan, PlannedCell, Unsupported
+from conformance.suite.graph_plan import graph_cells
 from conformance.suite.layer_plan import expert_cells, is_layer, layer_cells
 from conformance.suite.pair_plan import pair_cells
 from conformance.suite.routed_plan import lends_its_dispatch, routed_cells, weighs_input
 from conformance.suite.row_plan import row_cells
+from conformance.suite.sequence_plan import planned_sequences
 from reference.catalogue import ModelShape
 from reference.problem import Problem, ProblemError
 
@@ -100,7 +103,6 @@ HARDWARE = (
     Slot("soak", LARGE, "free-running", {2: 4}),
     Slot("soak", ALIGNED, "free-running", {2: 4}),
 )
-EXPLORE = (Slot("soak", PAIRS, "free-running", {2: 8}),)
 DEFAULT_EP_SIZES = {"smoke": (1, 2, 4), "gate": (1, 2, 4, 8), "explore": (1, 2, 4, 8, 16, 32)}
 
 
@@ -198,11 +200,34 @@ def make_plan(
             take(expert_cells(name, backend, companion=companion, tier=tier, operators=operators, device=device))
         slots: tuple[Slot, ...] = {"smoke": SMOKE}.get(tier, COMPANION if companion else GATE)
         # The oracle works in float64 on the host: production sizes would take it minutes.
-        if not companion and tier != "smoke" and backend.judged_by != "oracle":
-            slots += HARDWARE if device == "cuda" else EXPLORE if tier == "explore" else ()
+        if not companion and tier != "smoke" and backend.judged_by != "oracle" and device == "cuda":
+            slots += HARDWARE
         if wanted and not only_models:
             take(
                 call_cells(
+                    name,
+                    backend,
+                    companion=companion,
+                    tier=tier,
+                    kernel_types=wanted,
+                    topologies=list(_topologies(ep_sizes, launched_nodes)),
+                )
+            )
+        if wanted and not only_models:
+            take(
+                graph_cells(
+                    name,
+                    backend,
+                    companion=companion,
+                    tier=tier,
+                    kernel_types=wanted,
+                    topologies=list(_topologies(ep_sizes, launched_nodes)),
+                    device=device,
+                )
+            )
+        if not only_models:
+            take(
+                planned_sequences(
                     name,
                     backend,
                     companion=companion,

@@ -137,7 +137,44 @@ class CapabilityRecord(msgspec.Struct, tag="capability"):
     tried: bool = True
 
 
-Record = RunRecord | BeginRecord | EndRecord | CellRecord | CapabilityRecord
+class HazardBeginRecord(msgspec.Struct, tag="hazard begin"):
+    """A hazard is about to be looked for."""
+
+    hazard: str
+    backend: str
+    reference: str  # of the written contract
+    kernel_types: tuple[str, ...]
+    world_size: int
+    nodes: int
+    arch: str
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+class HazardRecord(msgspec.Struct, tag="hazard"):
+    """What became of looking for a hazard."""
+
+    hazard: str
+    backend: str
+    reference: str
+    state: str  # PRESENT, ABSENT or UNTESTED
+    text: str  # what was seen, or why it was not looked for
+    standin: bool = False
+    arch: str = ""
+    kernel_types: tuple[str, ...] = ()
+    world_size: int = 0
+    nodes: int = 1
+    times: int = 0  # rounds that showed it
+    rounds: int = 0  # of so many, where more than one is needed
+    rate: float = 0.0  # that so many rounds exclude at 95 %
+    seconds: float = 0.0
+    tried: bool = True
+    broken: bool = False  # the machine or the harness failed
+    unexpected: bool = False  # ranks ended in another way than the hazard's
+    stacks: tuple[str, ...] = ()
+    command: str = ""  # that repeats the probe
+
+
+Record = RunRecord | BeginRecord | EndRecord | CellRecord | CapabilityRecord | HazardBeginRecord | HazardRecord
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Record)

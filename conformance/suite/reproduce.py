@@ -5,7 +5,7 @@ the suite's comparisons: received rows with their multiplicity, bytes, source ma
 inputs left alone, and the sum against a dense one in float64. What it does not reproduce: the exact acceptance interval
 of the sum. It lets every addition and every store round to the element type, which is coarser than the suite's
 interval, so a wrong last bit passes here; and a hang hangs it. Failures with a wire, a codec or a mode have another
-script (:mod:`conformance.suite.reproduce_calls`).
+script (:mod:`conformance.suite.reproduce_calls`), as have replays (:mod:`conformance.suite.reproduce_graphs`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import pprint
 
 from accelerated.contract import ReceiveLayout, exchange
 from accelerated.registry import backend
-from conformance.cases import Case, expand
+from conformance.cases import Case, GraphCase, SequenceCase, expand
 from conformance.rank.routing import wire_rows
 from conformance.suite.reproduce_calls import call_script
+from conformance.suite.reproduce_graphs import graph_script
+from conformance.suite.reproduce_sequences import sequence_script
 
 _TEMPLATE = '''#!/usr/bin/env python
 """Case {case_id}: {label}
@@ -253,6 +255,10 @@ if __name__ == "__main__":
 def script(case: Case, device: str = "cpu", arch: str = "gfx942") -> str:
     """Text of the stand-alone script of ``case``, which runs on ``device`` under the contract of ``arch``."""
     cell = case.cell
+    if isinstance(case, GraphCase):
+        return graph_script(case, device, arch)
+    if isinstance(case, SequenceCase):
+        return sequence_script(case, device, arch)
     if cell.special or any(r.hidden or r.values == "edges" for r in case.rounds):
         return call_script(case, device, arch)
     rounds = [

@@ -50,7 +50,7 @@ def main():
     contract = made.contract(cell.problem(), cell.kernel_type)
     session = made.open(context)
     built = session.build(cell.problem(), cell.kernel_type)
-    operation = GuardedExchange(built, cell.hidden, cell.top_k, cell.experts // cell.world_size, cell.modes)
+    operation = GuardedExchange(built, cell.problem())
     program = Program(context, operation, contract, made.judged_by, LocalExperts(cell, rank, device))
     mismatch, ratio = program.run(case, lambda name, index: None)
     print(f"rank {{rank}}: largest error over bound {{ratio:.3f}}", flush=True)

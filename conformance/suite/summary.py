@@ -17,6 +17,7 @@ from rich.table import Table
 from conformance.cases import AnyCell, LayerCell
 from conformance.row_cases import RowCell
 from conformance.suite.records import BeginRecord, CellRecord, EndRecord, Record, RunRecord
+from conformance.suite.soak_summary import soak_lines, soaked_rounds
 from conformance.suite.waiver_summary import emptied_cells, print_waivers, stale_waivers
 from conformance.verdicts import PRODUCT_FAILURES, ExitCode, Verdict, exit_code
 
@@ -48,6 +49,7 @@ class Totals:
     not_run: list[str] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)  # failed items that no failed cell stands for
     ended: Ended = field(default_factory=Ended)
+    soaked: dict[tuple[str, str], int] = field(default_factory=dict)  # rounds by backend and kernel type
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -84,6 +86,7 @@ def total(records: Iterable[Record], ended: Ended | None = None) -> Totals:
             totals.ends.append(record)
             open_cases[(record.cell, record.case_id)] -= 1
     totals.unmatched = [begun[key] for key, count in open_cases.items() if count > 0]
+    totals.soaked = soaked_rounds(totals.ends, begun)
     _count_cut_off(totals, begun)
     _void_what_was_judged_wrongly(totals)
     finished = {c.label for c in totals.cells}
@@ -231,6 +234,8 @@ def _print_coverage(totals: Totals, console: Console) -> None:
     for check in sorted({c.cell.check for c in totals.cells}):
         own = {end.case_id for end in totals.ends if end.cell in names and names[end.cell].cell.check == check}
         console.print(f"property {check}: {len(own & seen)} distinct cases")
+    for line in soak_lines(totals.soaked):
+        console.print(line, markup=False, soft_wrap=True)
     console.print("classes hit: " + ", ".join(f"{name} {count}" for name, count in sorted(hits.items())))
 
 

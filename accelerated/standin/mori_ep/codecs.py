@@ -9,6 +9,7 @@ library promises nothing for them. It proves nothing about the conversion instru
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -73,12 +74,14 @@ class Codec:
         flavour: FP8 type of the architecture.
         scale_dim: S, blocks of a row; 0 for fp8_direct_cast.
         odd_blocks: fp4_blockwise packs odd blocks as upstream, into their neighbour's bytes.
+        empty_blocks: an empty block past an odd end codes the last element again, as upstream.
     """
 
     name: str
     flavour: torch.dtype
     scale_dim: int = 0
     odd_blocks: bool = True
+    empty_blocks: bool = True
 
     @property
     def blockwise(self) -> bool:
@@ -143,8 +146,9 @@ class Codec:
         if self.name == "fp4_blockwise" and self.odd_blocks:
             shared = (block % 2 == 1) & (index % 2 == 0) & (index % block == block - 1) & (index + 1 < hidden)
             owner = owner + shared.long()
-            if hidden % 2 == 1 and self.scale_dim - 1 > (hidden - 1) // block:
-                owner[-1] = self.scale_dim - 1  # an empty block past an odd end writes the last byte again
+        empty = hidden % 2 == 1 and self.scale_dim - 1 > (hidden - 1) // block
+        if self.name == "fp4_blockwise" and self.empty_blocks and empty:
+            owner[-1] = self.scale_dim - 1  # an empty block past an odd end writes the last byte again
         return owner
 
     @staticmethod
@@ -155,8 +159,13 @@ class Codec:
 
     # ---- receiver -------------------------------------------------------------------------------------------------
 
-    def decode(self, wire: torch.Tensor, hidden: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return float32 values ``[q, h]`` and the scale of each, or None where no scales travel."""
+    def decode(
+        self, wire: torch.Tensor, hidden: int, width: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return float32 values ``[q, h]`` and the scale of each, or None where no scales travel.
+
+        ``width`` is the block that a receiver takes where it is not the sender's; a scale past the last is poison.
+        """
         count = self.code_bytes(hidden)
         codes = wire[:, :count]
         if self.name == "fp4_blockwise":
@@ -169,7 +178,11 @@ class Codec:
         scales = wire[:, start : start + 4 * self.scale_dim].contiguous().view(torch.float32)
         marked = scales[:, :1] < 0
         used = torch.where(marked, scales.abs(), 1.0)
-        return values, used[:, torch.arange(hidden, device=wire.device) // self.block(hidden)]
+        owner = torch.arange(hidden, device=wire.device) // (width or self.block(hidden))
+        if width is not None:
+            used = torch.cat([used, torch.where(marked, math.nan, 1.0)], 1)
+            owner.clamp_(max=self.scale_dim)
+        return values, used[:, owner]
 
     def fold(self, values: torch.Tensor, scales: torch.Tensor | None, fused: bool) -> torch.Tensor:
         """Add ``[k, n, h]`` float32 terms one slot after the other; ``fused`` rounds each step once."""

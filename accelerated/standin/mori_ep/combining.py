@@ -10,9 +10,10 @@ import torch
 
 from accelerated.standin.mori_ep.buffers import Buffers, as_words, raw
 from accelerated.standin.mori_ep.codecs import Codec, to_fp8
-from accelerated.standin.mori_ep.damage import node_terms, overrun, stale_row, take
+from accelerated.standin.mori_ep.damage import fan_out, node_terms, overrun, stale_row, take
 from accelerated.standin.mori_ep.fatal import die, hang
 from accelerated.standin.mori_ep.handles import chunk_positions
+from accelerated.standin.mori_ep.jit_config import is_gfx125x
 from accelerated.standin.mori_ep.state import CombineCall, Round, State
 from accelerated.standin.mori_ep.wire import SLOT_LIMIT, AnswerWire
 
@@ -27,6 +28,7 @@ class Combining(State):
         self._maybe_hang()
         done = self._active = self._recall(call)
         self._call, self._codec = call, call.codec
+        self._epoch += 1
         buffers, hidden, dtype = self._buffers, call.rows.size(1), call.rows.dtype
         if hidden * dtype.itemsize > buffers.row_bytes:
             die(f"rows of {hidden} x {dtype} exceed hidden_dim * max_token_type_size = {buffers.row_bytes} bytes")
@@ -56,7 +58,14 @@ class Combining(State):
         if self._excess is not None and call.handle is None:  # n > M: their staging slots are other tokens'
             lost = self._excess[: self._tokens, :hidden]
             out[: len(lost)].copy_(lost)
+        if self._fans_out and call.handle is not None and call.codec is None:
+            fan_out(call.handle.inter_node_disp_dest_tok_id_map, call.blocks, self._epoch)
         self._finish()
+
+    @property
+    def _fans_out(self) -> bool:
+        """Whether the barrier of combine writes into the map of nodes, which is the caller's with a handle only."""
+        return self._rules.name == "IntraNode" and is_gfx125x() and self._on("gfx125x-barrier-overrun")
 
     @property
     def _weights_dropped(self) -> bool:
@@ -161,7 +170,7 @@ class Combining(State):
         self._partial_codec = codec if self._rules.node_levels else None
         if codec is None:
             return self._fold(block.view(dtype).float().view(shape), indices, dtype)
-        values, scales = codec.decode(block, hidden)
+        values, scales = codec.decode(block, hidden, self._call.width if self._call is not None else None)
         if scales is None:
             return self._fold(values.view(shape), indices, dtype)
         return self._fold_scaled(values.view(shape), scales.view(shape))

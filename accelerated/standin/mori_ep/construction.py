@@ -103,7 +103,8 @@ class Construction(Engine):
         arch = detect_gpu_arch()
         if name == "fp4_blockwise" and "gfx950" not in arch:
             raise ValueError(f"quant_type='fp4_blockwise' requires gfx950; the architecture is {arch!r}")
-        return Codec(name, fp8_type(arch), self._fp8_blockwise_combine_scale_dim, self._on("fp4-odd-block"))
+        packing = (self._on("fp4-odd-block"), self._on("fp4-empty-block"))
+        return Codec(name, fp8_type(arch), self._fp8_blockwise_combine_scale_dim, *packing)
 
     def _check_staging(self) -> None:
         config = self.config

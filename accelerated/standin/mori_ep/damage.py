@@ -36,6 +36,16 @@ def node_terms(partials: list[torch.Tensor], slots: int) -> list[torch.Tensor]:
     return [partial if node < slots else partials[node - slots].roll(-1, 0) for node, partial in enumerate(partials)]
 
 
+def fan_out(table: torch.Tensor, blocks: int, epoch: int) -> None:
+    """Write ``epoch`` into a line of 64 bytes for each block from the start of ``table`` int32, as far as memory goes.
+
+    A table of the caller's may be part of a longer tensor; what the library would hit past that is not modelled.
+    """
+    words = table.untyped_storage().nbytes() // 4 - table.storage_offset()
+    memory = table.as_strided((words,), (1,))
+    memory[: 16 * blocks : 16] = epoch
+
+
 def staging_bytes(config: EpDispatchCombineConfig, kind: str, codec: Codec | None) -> int:
     """Bytes of the staging memory of combine (src/ops/dispatch_combine/dispatch_combine.cpp)."""
     row = config.hidden_dim * config.max_token_type_size

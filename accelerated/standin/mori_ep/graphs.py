@@ -125,6 +125,11 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._graph = graph
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing here is compiled, and keeping the compiler off imports all of it into every rank (1.5 s)."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "c10d" or _reads_values(func, args):

@@ -47,6 +47,10 @@ HAZARDS: dict[str, Hazard] = {
     "fp4-odd-block": Hazard(
         "5.4, 10#28", "fp4_blockwise codes the last element of an odd block by the next one's scale"
     ),
+    "fp4-empty-block": Hazard("5.4", "fp4_blockwise, odd h, empty last block: its zero is coded over the last element"),
+    "async-blockwise-width": Hazard(
+        "5.4", "fp8_blockwise on AsyncLL takes scales by blocks of floor(h / S), coded by ceil(h / S)"
+    ),
     "rdma-block-split": Hazard("10.1.5", "rdma_block_num 0 loses rows across nodes, all blocks those within a node"),
     "ragged-chunks": Hazard("10.2a", "V1 and V1LL, N > 1, M > 64, M % 64: chunks run past the node's region"),
     "internode-combine-hangs": Hazard("10.2b", "legacy InterNode combine never ends", always=False),
@@ -55,6 +59,9 @@ HAZARDS: dict[str, Hazard] = {
     "handle-dispatches-race": Hazard("4.6, 10#34", "two handle dispatches in a row claim a slot twice", always=False),
     "combine-twice-hangs": Hazard("4.6, 10#35", "a second IntraNode combine without dispatch never ends", always=False),
     "gfx125x-scale-vectors": Hazard("8", "gfx125x IntraNode moves whole 16-byte vectors of scales only"),
+    "gfx125x-barrier-overrun": Hazard(
+        "8", "gfx125x combine writes a word of every 64 bytes a block behind a short map"
+    ),
     # Traps of the interface.
     "gpu-per-node-aborts": Hazard(
         "7.2, 2", "gpu_per_node that does not divide W ends the process (the default at W < 8)"

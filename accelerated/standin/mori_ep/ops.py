@@ -268,6 +268,7 @@ class EpDispatchCombineOp(StandardMoeNotBuilt, Queries):
             else:  # its kernel is one, and tells the vector path by the floor of the block size
                 block = hidden // codec.scale_dim
                 call.fused = block == 128 and hidden % 8 == 0 and self.config.num_experts_per_token in (8, 9)
+                call.width = block if call.fused and self._on("async-blockwise-width") else None
         elif self._rules.node_levels:
             if bfloat16:
                 call.codec = codec

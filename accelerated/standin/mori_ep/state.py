@@ -58,6 +58,7 @@ class CombineCall:
     blocks: int = 0
     codec: Codec | None = None
     fused: bool = False
+    width: int | None = None  # block of a row that the receiver takes, where it is not the sender's
     unwritten: bool = False  # the kernels write no output for this element type
     handle: EpDispatchRoutingHandle | None = None
 
@@ -102,6 +103,7 @@ class State:
         self._excess: torch.Tensor | None = None  # rows of tokens past M
         self._answers_before: torch.Tensor | None = None
         self._handle_dispatches = self._combines = 0  # since the last combine, since the last dispatch
+        self._epoch = 0  # combines ever
         self._warps = 0
         # The order of received rows is arbitrary upstream: a fresh one for every call, the same in every run.
         State._serial += 1

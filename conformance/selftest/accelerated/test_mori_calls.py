@@ -178,6 +178,12 @@ def test_raw_scales_are_named(name: str, row: int, scales: int, size: int) -> No
     for wrong in ("fp8_raw0x4", "fp8_raw3x2", "fp8_raw3", "raw3x4"):
         with pytest.raises(ProblemError, match="choose one of fp8_token"):
             wire_format(wrong)
+    for digits in (9, 30, 5000):  # Python reads no number of more than 4300
+        with pytest.raises(ProblemError, match=r"wire is 'fp8_raw9"):
+            Problem(2, 64, 4, 2, 4, wire=f"fp8_raw{'9' * digits}x4")
+    assert Problem(2, 64, 4, 2, 4, wire="fp8_raw64x1").wire
+    with pytest.raises(ProblemError, match=r"65 scales for rows of 64 elements; give at most one"):
+        Problem(2, 64, 4, 2, 4, wire="fp8_raw65x1")
     with pytest.raises(ProblemError, match=r"in that order$"):
         replace(DEEPSEEK, modes=tuple(reversed(MODES[:2])))
 

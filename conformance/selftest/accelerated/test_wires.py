@@ -94,7 +94,8 @@ def test_a_rank_checks_what_comes_back(given: bool, back: torch.Tensor | None, m
         seen.append(len(arguments))
         return received
 
-    guarded = GuardedExchange(cast("Operation", SimpleNamespace(prepare=prepare)), hidden=256, top_k=1)
+    problem = Problem(1, 256, 1, 1, 4, wire="fp8_group" if given else "")
+    guarded = GuardedExchange(cast("Operation", SimpleNamespace(prepare=prepare)), problem)
     scales = torch.zeros(3, 2) if given else None
     if message:
         with pytest.raises(BackendError, match=message):

@@ -1,18 +1,24 @@
 """What a backend does wrong is the backend's failure, never the harness's.
 
-Scope: results of row operators that no judge could read, in this process. A pass proves nothing about kernels that
-fail later on a device.
+Scope: results of row operators and of an exchange that no judge could read, in this process. A pass proves nothing
+about kernels that fail later on a device.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
+from accelerated.interface import Combined, Received
 from accelerated.operators import NormResult, QuantResult
 from conformance.rank.guard import BackendError, backend_code
+from conformance.rank.guarded_exchange import GuardedExchange
 from conformance.rank.row_programs import _digest
 from conformance.rank.session import _GuardedNorm, _GuardedQuantiser
+from reference.problem import Problem
 
 ROWS = torch.ones(2, 32)
 
@@ -94,3 +100,99 @@ def test_digests_tell_a_word_from_its_complement(dtype: torch.dtype) -> None:
         changed[word : word + 8] ^= 0xFF
         assert _digest(row.view(dtype)) != _digest(changed.view(dtype))
     assert _digest(torch.zeros(96, dtype=torch.uint8)) != _digest(torch.full((96,), 0xFF, dtype=torch.uint8))
+
+
+PROBLEM = Problem(1, 64, 4, 2, 8)
+
+
+class Exchanges:
+    """An exchange that returns what it is told to, of three tokens in a buffer of eight rows."""
+
+    def __init__(self, buffer: object = None, combined: object = None) -> None:
+        self._buffer, self._combined = buffer, combined
+
+    def prepare(self, rows: torch.Tensor, *given: object) -> Received:
+        slots = torch.zeros(8, 2, dtype=torch.int32)
+        received = Received(rows.new_zeros(8, rows.shape[1]), slots, slots.float(), torch.ones(1, dtype=torch.int32))
+        return replace(received, buffer=self._buffer, replay=self.replay)  # type: ignore[arg-type]
+
+    def replay(self, rows: torch.Tensor, *given: object) -> Received:
+        return replace(self.prepare(rows), buffer=None)
+
+    def finalize(self, expert_rows: torch.Tensor, received: Received) -> object:
+        return self._combined
+
+    def close(self) -> None:
+        return None
+
+
+def exchange(problem: Problem, columns: int = 64, **returns: object) -> tuple[GuardedExchange, Received]:
+    """A guarded exchange whose three rows of so many columns were dispatched."""
+    guarded = GuardedExchange(Exchanges(**returns), problem)  # type: ignore[arg-type]
+    rows = torch.zeros(3, columns, dtype=torch.uint8 if problem.wire else torch.bfloat16)
+    slots = torch.zeros(3, 2, dtype=torch.int32)
+    return guarded, guarded.prepare(rows, slots, slots.float())
+
+
+@pytest.mark.parametrize(
+    ("wire", "columns", "buffer", "told"),
+    [
+        ("", 64, None, "buffer is NoneType"),
+        ("", 64, (8, 63), r"buffer is \[8, 63\] torch.bfloat16; the interface asks for \[8, 64\]"),
+        ("", 64, (7, 64), r"buffer is \[7, 64\]"),
+        ("", 32, (8, 64), r"buffer is \[8, 64\] torch.bfloat16; the interface asks for \[8, 32\]"),
+        ("", 32, (8, 32), ""),
+        ("fp8_tensor", 64, (8, 64), ""),
+        ("fp8_tensor", 64, (8, 32), r"asks for \[8, 64\] torch.bfloat16"),
+    ],
+)
+def test_a_buffer_that_cannot_hold_the_experts_rows(wire: str, columns: int, buffer: Any, told: str) -> None:
+    problem = replace(PROBLEM, wire=wire, modes=("zero-copy",))
+    given = None if buffer is None else torch.empty(buffer, dtype=torch.bfloat16)
+    if not told:
+        assert exchange(problem, columns, buffer=given)[1].buffer is given
+        return
+    with pytest.raises(BackendError, match=told):
+        exchange(problem, columns, buffer=given)
+
+
+def test_the_buffer_of_packed_codes_and_of_a_replay() -> None:
+    problem = replace(PROBLEM, wire="mxfp4", modes=("zero-copy", "handle"))
+    buffer = torch.empty(8, 64, dtype=torch.bfloat16)
+    _, received = exchange(problem, 32, buffer=buffer)
+    assert received.replay is not None
+    with pytest.raises(BackendError, match="buffer is NoneType"):
+        received.replay(torch.zeros(3, 32, dtype=torch.uint8), None, None)
+    with pytest.raises(BackendError, match="float32; the interface asks for"):
+        exchange(problem, 32, buffer=buffer.float())
+
+
+@pytest.mark.parametrize(
+    ("output", "weights", "told"),
+    [
+        (torch.zeros(3, 64).bfloat16(), torch.zeros(3, 2), ""),
+        (torch.zeros(3, 64).bfloat16(), None, ""),
+        (torch.zeros(8, 64).bfloat16(), None, r"output is \[8, 64\] torch.bfloat16; the interface asks for \[3, 64\]"),
+        (torch.zeros(3, 63).bfloat16(), None, r"output is \[3, 63\]"),
+        (torch.zeros(3, 64), None, "output is .* torch.float32"),
+        (None, None, "output is NoneType"),
+        (torch.zeros(3, 64).bfloat16(), torch.zeros(3, 1), r"combined weights is \[3, 1\]"),
+        (torch.zeros(3, 64).bfloat16(), torch.zeros(8, 2), r"combined weights is \[8, 2\]"),
+        (torch.zeros(3, 64).bfloat16(), torch.zeros(3, 2).double(), "combined weights is .* torch.float64"),
+        (torch.zeros(3, 64).bfloat16(), (1.0, 2.0), "combined weights is tuple"),
+    ],
+)
+def test_a_combine_that_cannot_be_read(output: Any, weights: Any, told: str) -> None:
+    guarded, received = exchange(PROBLEM, combined=Combined(output, weights))
+    answers = torch.zeros(8, 64).bfloat16()
+    if not told:
+        assert guarded.finalize(answers, received).output is output
+        return
+    with pytest.raises(BackendError, match=told):
+        guarded.finalize(answers, received)
+
+
+def test_a_combine_that_returns_something_else() -> None:
+    guarded, received = exchange(PROBLEM, combined=torch.zeros(3, 64))
+    with pytest.raises(BackendError, match="output"):
+        guarded.finalize(torch.zeros(8, 64).bfloat16(), received)

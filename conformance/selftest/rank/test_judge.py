@@ -17,6 +17,7 @@ from accelerated.contract import CombineKernels, Contract, MaskedSlots, ReceiveL
 from conformance.engine.protocol import Mismatch
 from conformance.rank.inputs import Inputs, row_tags
 from conformance.rank.judge import (
+    Delivered,
     ExpectedResult,
     ExpectedRows,
     Observed,
@@ -372,3 +373,31 @@ def test_the_kernel_that_ran_is_the_contract_s() -> None:
         assert (found is None) == right
         assert found is None or found.check == "combine.kernel"
     assert judge_kernel(ROUND, replace(seen, kernel="any"), contract()) is None, "the contract names none"
+
+
+@pytest.mark.parametrize("order", [[3, 0, 4, 2, 1], [3, 4, 0, 2, 1], [0, 1, 2, 3, 4]])
+def test_a_replay_delivers_where_the_dispatch_did(order: list[int]) -> None:
+    again = a_round()
+    first = a_round(order=order).seen
+    first.rows[:, 3] = 9  # the stamp of another dispatch
+    first.rows[:, 4:] = torch.nan
+    again.seen.repeated = Delivered(first.rows, first.count)
+    found = again.judge()
+    if order == [3, 0, 4, 2, 1]:
+        assert found is None, found.text()
+        return
+    assert found is not None
+    row, moved = (1, 2) if order[0] == 3 else (0, 5)
+    now, then = KEYS[[3, 0][row]], KEYS[order[row]]
+    assert (found.check, found.source_rank, found.token) == ("dispatch.places", *now), found.text()
+    assert f"{moved} of 5 rows are in other places" in found.text()
+    assert f"row {row}, (source rank, token) {then} then" in found.text()
+
+
+def test_a_replay_of_fewer_rows() -> None:
+    again = a_round()
+    first = a_round().seen
+    again.seen.repeated = Delivered(first.rows, first.count - 1)
+    found = again.judge()
+    assert found is not None
+    assert (found.check, found.got, found.wanted) == ("dispatch.places", "5", "4")

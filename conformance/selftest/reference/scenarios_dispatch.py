@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,34 @@ def counts_from_nothing_to_many(world: World) -> None:
     size = world.size
     for counts in ([0] * size, [300] + [0] * (size - 1), [0] * (size - 1) + [7], [17 * r for r in range(size)]):
         _check(world, counts)
+
+
+def a_known_route_needs_no_counts(world: World) -> None:
+    counts = [(2 * r + 3) % 5 for r in range(world.size)]
+    for hidden, scale in ((4, None), (7, (torch.uint8, 3))):
+        first = _check(world, counts, hidden=hidden, scale=scale)
+        rows, weights = _noise(7, counts[world.rank], hidden, torch.float32), torch.ones(len(first.owners), 3)
+        ids = torch.arange(3 * len(weights), dtype=torch.int32).reshape(-1, 3)  # of another routing: they only travel
+        calls: list[int] = []
+        exchange = dist.all_to_all_single
+
+        def counted(*arguments: Any, calls: list[int] = calls, exchange: Any = exchange, **named: Any) -> Any:
+            calls.append(1)
+            return exchange(*arguments, **named)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_to_all_single", counted)
+            again = dispatch(rows, ids, weights, experts_per_rank=_PER_RANK, group=world.group, route=first)
+            assert len(calls) == 1, "the counts are known"
+        assert torch.equal(again.source_rank, first.source_rank)
+        assert torch.equal(again.source_token, first.source_token)
+        back = combine(again.rows, again, group=world.group)
+        reached = first.destinations.t()
+        came = rows.expand_as(back.terms)[reached]
+        assert torch.equal(back.terms[reached].nan_to_num(), came.nan_to_num()), "every rank got the new rows"
+        if len(rows):
+            with pytest.raises(ValueError, match="give its tokens"):
+                dispatch(rows[1:], ids[1:], weights[1:], experts_per_rank=_PER_RANK, group=world.group, route=first)
 
 
 def special_ids_by_hand(world: World) -> None:

@@ -73,7 +73,7 @@ def _rows(block: int, hidden: int) -> torch.Tensor:
     return rows.bfloat16()
 
 
-def _reference(codec: Codec, row: list[float], odd: bool) -> tuple[list[float], list[float]]:
+def _reference(codec: Codec, row: list[float], odd: bool, empty: bool) -> tuple[list[float], list[float]]:
     """Dequantised code and scale of each element, one by one in numpy float32."""
     hidden, block = len(row), -(-len(row) // codec.scale_dim)
     fp8 = codec.name == "fp8_blockwise"
@@ -93,7 +93,7 @@ def _reference(codec: Codec, row: list[float], odd: bool) -> tuple[list[float], 
         owner = index // block
         if odd and index % 2 == 0 and index + 1 < hidden and (index + 1) // block != owner:
             owner += 1
-        if odd and index == hidden - 1 and hidden % 2 and codec.scale_dim * block - hidden >= block:
+        if empty and index == hidden - 1 and hidden % 2 and codec.scale_dim * block - hidden >= block:
             owner = codec.scale_dim - 1
         scaled = np.clip(F32(value) * inverse[owner], -largest, largest)
         values.append(float(F32(scaled).astype(kind)))
@@ -103,15 +103,18 @@ def _reference(codec: Codec, row: list[float], odd: bool) -> tuple[list[float], 
 @pytest.mark.parametrize(("scale_dim", "hidden"), [(4, 32), (4, 30), (5, 64), (56, 63), (3, 16), (3, 33)])
 @pytest.mark.parametrize("name", ["fp8_blockwise", "fp4_blockwise"])
 @pytest.mark.parametrize("flavour", [OCP, FNUZ])
-@pytest.mark.parametrize("odd", [True, False])
-def test_blockwise_codes_and_scales(name: str, flavour: torch.dtype, scale_dim: int, hidden: int, odd: bool) -> None:
-    codec = Codec(name, flavour, scale_dim, odd)
+@pytest.mark.parametrize(("odd", "empty"), [(True, True), (False, True), (True, False), (False, False)])
+def test_blockwise_codes_and_scales(
+    name: str, flavour: torch.dtype, scale_dim: int, hidden: int, odd: bool, empty: bool
+) -> None:
+    codec = Codec(name, flavour, scale_dim, odd, empty)
     rows = _rows(codec.block(hidden), hidden)
     wire = codec.encode(rows)
     values, scales = codec.decode(wire, hidden)
     assert scales is not None
     for row, value, scale in zip(rows.float().tolist(), values.tolist(), scales.tolist(), strict=True):
-        assert (value, scale) == _reference(codec, row, odd and name == "fp4_blockwise")
+        four = name == "fp4_blockwise"
+        assert (value, scale) == _reference(codec, row, odd and four, empty and four)
 
 
 def test_the_first_scale_is_negative_where_a_block_is_scaled() -> None:
