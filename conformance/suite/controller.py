@@ -377,21 +377,21 @@ def _refusal(case: AnyCase, options: Options, gpus: int | None) -> str:
             reason = f"backend {cell.backend!r} does not take router {cell.router!r}: {support.reason}"
     if not reason and isinstance(cell, LayerCell) and cell.against:
         reason = _apart(cell, made, options)
-    if not reason and not kinds.legal(made, case, options.arch):
+    if not reason and (untaken := _untaken(case, made, options.arch)):
         # What would happen is undefined, and no failure of the backend.
-        reason = f"the contract of backend {cell.backend!r} for this cell does not take {_untaken(case, made)}"
+        reason = f"the contract of backend {cell.backend!r} for this cell does not take {untaken}"
     return reason
 
 
-def _untaken(case: AnyCase, made: Backend) -> str:
-    """What of a case its cell's contract does not take."""
+def _untaken(case: AnyCase, made: Backend, arch: str) -> str:
+    """What of a case its cell's contract does not take; empty if it takes all."""
     if not isinstance(case, RowCase | LayerCase):
         contract = exchange(made.contract(case.cell.problem(), case.cell.kernel_type))
         if not contract.idle_ranks and any(0 in counts for counts in case.token_counts()):
             return "a rank without a token; give every rank one in every round"
         if not contract.narrow_rows and any(a_round.hidden for a_round in case.rounds):
             return "rows shorter than the cell's; make hidden 0 in every round"
-    return "masked slots, duplicates, counts or lengths that the case has"
+    return "" if kinds.legal(made, case, arch) else "masked slots, duplicates, counts or lengths that the case has"
 
 
 def _apart(cell: LayerCell, made: Backend, options: Options) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from conformance.cases import Case, Cell, Explicit, Round, Rows, Values
+from conformance.cases import Case, Cell, Explicit, Round, Rows, Values, encode
 from conformance.row_cases import Mode
 from conformance.selftest.engine.helpers import cell
 from conformance.selftest.suite.runs import ROOT, run
@@ -95,6 +95,7 @@ def torchrun(place: Path, case: Case) -> subprocess.Popen[str]:
     place.mkdir()
     path = place / "reproduce.py"
     path.write_text(script(case))
+    (place / "case.json").write_bytes(encode(case))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(case.cell.world_size), str(path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
@@ -158,3 +159,15 @@ def test_the_script_sees_what_the_suite_sees(tmp_path: Path, fault: str, rows: R
 def test_the_script_knows_the_layout_and_random_bits(tmp_path: Path) -> None:
     case = case_of("allgather", "naive", (((3,), (0,)), ((-1,),)), "bits", rounds=2)
     assert_ends(torchrun(tmp_path / "there", case), case)
+
+
+def test_the_script_of_a_way_of_calling_stands_alone(tmp_path: Path) -> None:
+    bad = case_of("conformance.faults:replay_in_other_places", "InterNodeV1", (((0,), (1,)),))
+    bad = msgspec.structs.replace(bad, cell=msgspec.structs.replace(bad.cell, modes=("handle",)))
+    good = case_of("mori-standin", "InterNodeV1", (((0,), (1,)),))
+    good = msgspec.structs.replace(good, cell=msgspec.structs.replace(good.cell, wire="fp8_token"))
+    started = [torchrun(tmp_path / "bad", bad), torchrun(tmp_path / "good", good)]
+    (failed, told), (passed, said) = ((one, "".join(one.communicate(timeout=60))) for one in started)
+    assert (failed.returncode, passed.returncode) == (1, 0), told + said
+    assert "rank 0: DIFFERS replay.dispatch.places: 2 of 2 rows are in other places" in told
+    assert "rank 0: largest error over bound" in said

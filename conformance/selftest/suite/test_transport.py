@@ -9,15 +9,18 @@ import ast
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from accelerated.mori_ep.transports import DISABLE_P2P, ENABLE_SDMA, TRANSPORTS, in_force
 from accelerated.registry import backend
+from conformance.cases import Case, Cell, Explicit, GraphCase, GraphCell, GraphRound, Round
 from conformance.engine.driver import Outcome
 from conformance.engine.lease import lock_directory
 from conformance.selftest.engine.backends import MODULE
 from conformance.selftest.engine.helpers import case, cell
 from conformance.selftest.suite.runs import run
+from conformance.selftest.suite.sequence_examples import replays
 from conformance.selftest.suite.test_harness import options
 from conformance.selftest.suite.test_usage import one_line
 from conformance.suite import preflight
@@ -91,6 +94,37 @@ def test_a_failure_names_it_and_both_commands_bring_it_back(tmp_path: Path) -> N
     last, entry = tree.body[-2:]
     assert ast.unparse(last) == f"os.environ.update({dict(TRANSPORTS['rdma'])!r})"
     assert isinstance(entry, ast.If), "the environment is set before anything runs"
+
+
+_ONE = Explicit((((0,), (1,)), ((1,),)))
+_PLAIN = Cell("round_trip", "mori-standin", "InterNodeV1", 2, 1, 64, 2, 1, 4, "bfloat16", "drained")
+_WIRE = msgspec.structs.replace(_PLAIN, wire="fp8_token")
+_GRAPH = GraphCell("graphs", *msgspec.structs.astuple(_PLAIN)[1:])
+EXCHANGES: dict[str, Case] = {
+    "plain": Case(_PLAIN, (Round(_ONE),)),
+    "wire": Case(_WIRE, (Round(_ONE),)),
+    "edges": Case(_PLAIN, (Round(_ONE, "edges"),)),
+    "graph": GraphCase(_GRAPH, (GraphRound(_ONE, graph=0),)),
+    "sequence": replays("mori-standin", "InterNodeV1", "drained"),
+}
+
+
+@pytest.mark.parametrize("kind", EXCHANGES)
+def test_every_script_of_an_exchange_sets_it_before_the_library_initialises(tmp_path: Path, kind: str) -> None:
+    failing = EXCHANGES[kind]
+    found = Failure("mori", True, failing, failing, Outcome(Verdict.FAIL, "combine.output"), transport="sdma")
+    found.store(tmp_path)
+    tree = ast.parse((found.directory / "reproduce.py").read_text())
+    lines = [ast.unparse(node) for node in tree.body]
+    chosen = f"os.environ.update({dict(TRANSPORTS['sdma'])!r})"
+    assert lines.index(chosen) == len(lines) - 2
+    assert lines[-1].endswith("main()"), "which opens the backend"
+    assert not any(".open(" in line for line, node in zip(lines, tree.body, strict=True) if _runs(node))
+
+
+def _runs(node: ast.stmt) -> bool:
+    """Whether a statement of a module does anything when it is loaded."""
+    return not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom)
 
 
 def test_a_transport_of_what_does_not_dispatch_through_mori(tmp_path: Path) -> None:
