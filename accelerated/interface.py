@@ -62,6 +62,8 @@ class Received:
             ``expert count``.
         buffer: ``[R, H]`` in the problem's dtype, where the experts must write their rows and which finalize is called
             with; given in the mode ``zero-copy``.
+        counter: ``[1]`` int32 on the device, the library's own tensor that ``count`` is a copy of, as stable as
+            ``rows``; None where ``count`` is that tensor.
         replay: ``(rows, weights, scales) -> Received``, a dispatch of new rows, weights and scales along the same
             routing, into the same places; given in the mode ``handle``. To be called after finalize and before the
             next prepare, at most once for each finalize; after later prepares only if the contract keeps handles.
@@ -77,6 +79,7 @@ class Received:
     expert_count: torch.Tensor | None = None
     buffer: torch.Tensor | None = None
     replay: Replay | None = field(default=None, repr=False)
+    counter: torch.Tensor | None = None
 
 
 @dataclass

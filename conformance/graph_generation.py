@@ -18,13 +18,14 @@ from conformance.graph_cases import MAX_GRAPHS, MAX_ROUNDS
 from conformance.recipes import ARCHETYPES, Row
 
 #: What happens in the case that a cell begins with, by the most rounds of a graph: "A" and "B" are replays of graphs of
-#: different sizes, "e" is an eager round, "|" drops the operator and builds another. The first replay is cold.
+#: different sizes, "e" is an eager round, "|" drops the operator and builds another. No eager round comes before the
+#: first replay, so that in a cold cell the operator's first call is a captured one.
 _SCRIPTS = {1: "ABAeA|BeAB", 2: "AB|AeA", 3: "AB|Ae"}
 _GRAPHS = "AB"
 
 
 def first_case(cell: GraphCell, contract: Contract) -> GraphCase:
-    """Two sizes, replayed cold and after eager rounds, in turn, with contents and routings that change."""
+    """Two sizes, replayed before and after eager rounds, in turn, with contents and routings that change."""
     rerouted = "routing" in contract.captures and not cell.modes
     sizes = (min(cell.most_tokens, 5), min(cell.most_tokens, 2))
     built: list[GraphRound] = []

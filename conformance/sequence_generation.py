@@ -1,8 +1,9 @@
-"""Hypothesis strategies of sequences: a walk along the legality model, and rounds for what it dispatches.
+"""Sequences: one that every cell begins with, and drawn ones: walks along the legality model, and rounds for them.
 
-Every step is drawn among those that may come next, so every sequence is legal by construction. Each walk has a number
-of exchanges to begin and of other steps to spend; what is open at the end is combined. What is never drawn: a sequence
-of which some rank makes other calls than the rest.
+The first one has a look at an earlier result, poison and, where there are handles, a replay; a small budget may draw
+none of these. In a drawn one every step is among those that may come next, so every sequence is legal by construction.
+Each walk has a number of exchanges to begin and of other steps to spend; what is open at the end is combined. What is
+never drawn: a sequence of which some rank makes other calls than the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from random import Random
 from hypothesis import strategies as st
 
 from accelerated.contract import Contract
-from conformance.cases import Round, SequenceCase, SequenceCell
+from conformance.cases import Explicit, Round, Rows, SequenceCase, SequenceCell
 from conformance.generation import applies, rounds
 from conformance.recipes import ARCHETYPES
 from conformance.sequence_cases import Check, Combine, Delay, Dispatch, Poison, Poisoned, Recreate, Replay, Step
@@ -33,6 +34,58 @@ _WEIGHTS: dict[type[Step], int] = {Dispatch: 3, Combine: 3, Replay: 8, Recreate:
 _TELLING = 6
 #: Poison that is legal on fewer occasions than that in a dispatch's inputs.
 _RARE: dict[Poisoned, int] = {"tail": 5, "output": 6, "experts": 4, "ids": 4}
+#: Tokens of each rank in the rounds of the first sequence, and in that of the second operator.
+_MANY, _FEW, _OTHER = 3, 1, 2
+
+
+def first_sequence(cell: SequenceCell, contract: Contract) -> SequenceCase:
+    """Looks and poison around calls of two operators, then a smaller round and a larger one, with handles a replay."""
+    model = Model(promises(contract, cell.modes, cell.operators))
+    sizes: list[int] = []
+
+    def take(step: Step) -> int:
+        model.take(step)
+        return len(model.steps) - 1
+
+    def dispatch(op: int, tokens: int) -> int:
+        sizes.append(min(tokens, cell.room_of(op)))
+        return take(Dispatch(op, model.rounds))
+
+    def poison(what: Poisoned, of: int) -> None:
+        if not model.why_not(Poison(what, of)):
+            take(Poison(what, of))
+
+    received = dispatch(0, _MANY)
+    poison("inputs", received)
+    other = dispatch(1, _OTHER) if cell.operators > 1 else received
+    take(Check(received))
+    poison("tail", received)
+    combined = take(Combine(0))
+    if cell.operators > 1:
+        take(Check(other))
+        take(Combine(1))
+    poison("ids", received)
+    poison("experts", combined)
+    dispatch(0, _FEW)
+    take(Check(combined))
+    poison("output", combined)
+    take(Combine(0))
+    again = take(Replay(0, model.replayable(0)[0])) if model.promises.handles else dispatch(0, _MANY)
+    poison("inputs", again)
+    take(Combine(0))
+    built = [Round(Explicit(_moving(cell, tokens, turn)), "normal", turn) for turn, tokens in enumerate(sizes)]
+    return SequenceCase(cell, tuple(built), tuple(model.steps))
+
+
+def _moving(cell: SequenceCell, tokens: int, turn: int) -> Rows:
+    """So many tokens on each rank, whose experts move on with every token and turn."""
+    per_rank = cell.experts // cell.world_size
+
+    def row(rank: int, token: int) -> tuple[int, ...]:
+        start = (rank + token + 1) * per_rank + turn
+        return tuple((start + slot) % cell.experts for slot in range(cell.top_k))
+
+    return tuple(tuple(row(rank, token) for token in range(tokens)) for rank in range(cell.world_size))
 
 
 def next_steps(model: Model, world_size: int, exchanges: int, extras: int) -> list[Step]:

@@ -209,7 +209,7 @@ class MoriOperation:
 
         Returns:
             Views ``[R, ...]`` of the operator's buffers, R the problem's ``most_rows``, overwritten by the next round,
-            and a private copy of the row count: combine clears the library's counter (AsyncLL excepted).
+            and a private copy of the row count beside the library's counter, which combine clears (AsyncLL excepted).
 
         Raises:
             RuntimeError: the round before is not finalised (MoRI would add up its counters), or it is closed.
@@ -268,6 +268,7 @@ class MoriOperation:
             ids=ids_received,
             weights=weights_received,
             count=total.clone(),
+            counter=total,
             source_map=current.source_map if self._mapped else None,
             state=current,
             scales=scales_received,

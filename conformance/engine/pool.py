@@ -15,9 +15,9 @@ import signal
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ START_LIMIT_S = {"cpu": 120.0, "cuda": 600.0}
 #: Seconds between two lines of progress while a command is under way.
 PROGRESS_S = 15.0
 Progress = Callable[[str], None]
+#: Entry point of a rank process.
+Body = Callable[[RankSetup, Connection, Connection], None]
 #: After the first rank failed, the others get this long before the pool dies.
 GRACE_S = 1.0
 KILL_LIMIT_S = 30.0
@@ -214,9 +216,11 @@ class Ranks(ABC):
 
 
 class Pool(Ranks):
-    """``world_size`` rank processes of one backend on this host."""
+    """``world_size`` rank processes of one backend on this host, whose body is ``target``; ``preload`` is for it."""
 
-    def __init__(self, key: PoolKey, progress: Progress | None = None) -> None:
+    def __init__(
+        self, key: PoolKey, progress: Progress | None = None, target: Body = main, preload: Sequence[str] = PRELOAD
+    ) -> None:
         super().__init__(key, progress)
         self._directory = Path(tempfile.mkdtemp(prefix="ep-pool-"))
         started = time.monotonic()
@@ -224,7 +228,7 @@ class Pool(Ranks):
         for rank in range(key.world_size):
             where = f"cuda:{key.devices[rank] if key.devices else rank}" if key.device == "cuda" else key.device
             setup = RankSetup(rank, key.world_size, where, key.backend, key.arch, str(self._directory), key.environment)
-            self._ranks.append(RankProcess(setup))
+            self._ranks.append(RankProcess(setup, target, preload))
         reply = self._collect(0, START_LIMIT_S[key.device])
         self.start_seconds = time.monotonic() - started
         self.preloaded = all(a.text == "preloaded" for a in reply.answers.values())
@@ -286,15 +290,15 @@ class Pool(Ranks):
 class RankProcess:
     """A rank process on this host, its pipe, and the lifeline by which it ends with this process."""
 
-    def __init__(self, setup: RankSetup) -> None:
+    def __init__(self, setup: RankSetup, target: Body = main, preload: Sequence[str] = PRELOAD) -> None:
         on_cpu = setup.device == "cpu"
         context = multiprocessing.get_context("forkserver" if on_cpu else "spawn")
         if on_cpu:
-            context.set_forkserver_preload(list(PRELOAD))
+            context.set_forkserver_preload(list(preload))
         self.connection, theirs = context.Pipe()
         watched, self._lifeline = context.Pipe(duplex=False)
         self.process = context.Process(  # type: ignore[attr-defined]
-            target=main, args=(setup, theirs, watched), name=f"ep-rank-{setup.rank}", daemon=True
+            target=target, args=(setup, theirs, watched), name=f"ep-rank-{setup.rank}", daemon=True
         )
         self.process.start()
         theirs.close()

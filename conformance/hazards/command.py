@@ -142,19 +142,31 @@ def described(record: HazardRecord) -> str:
 
 
 def totals(records: Sequence[HazardRecord]) -> str:
-    """How many of each verdict, and the names of what is PRESENT."""
+    """How many of each verdict, the names of what is PRESENT and of what was not answered."""
     count = {state: [r.hazard for r in records if r.state == state.value] for state in HazardState}
     told = ", ".join(f"{len(names)} {state.value}" for state, names in count.items())
     present = count[HazardState.PRESENT]
-    return f"hazards: {told}" + (f"\nPRESENT: {', '.join(present)}" if present else "")
+    lines = [f"hazards: {told}"]
+    lines += [f"PRESENT: {', '.join(present)}"] * bool(present)
+    lines += [f"UNTESTED here: {', '.join(unanswered(records))}"] * bool(unanswered(records))
+    return "\n".join(lines)
+
+
+def unanswered(records: Sequence[HazardRecord]) -> list[str]:
+    """Hazards that are UNTESTED though this suite can look for them."""
+    return [r.hazard for r in records if r.state == HazardState.UNTESTED.value and not PROBES[r.hazard].never]
 
 
 def exit_code_of(records: Sequence[HazardRecord], *, gate: bool) -> ExitCode:
-    """Exit code of a report: PRESENT gates if asked; a probe that broke or ended unexpectedly says nothing."""
+    """Exit code of a report: PRESENT gates if asked, and then so does what was asked for and not looked for.
+
+    A probe that broke or ended unexpectedly says nothing, nor does a report in which nothing could be looked for.
+    """
     if gate and any(r.state == HazardState.PRESENT.value for r in records):
         return ExitCode.PRODUCT_FAILURE
     if any(r.broken for r in records):
         return ExitCode.INFRASTRUCTURE
     ran = any(r.tried and r.state != HazardState.UNTESTED.value for r in records)
     lost = any(r.unexpected and r.state == HazardState.UNTESTED.value for r in records)
+    lost = lost or (gate and bool(unanswered(records)))
     return ExitCode.OK if ran and not lost else ExitCode.INCOMPLETE

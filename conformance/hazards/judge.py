@@ -13,8 +13,6 @@ from conformance.engine.pool import Reply, signal_name
 from conformance.hazards.probe import Probe, undetected
 from conformance.hazards.protocol import read_seen
 
-#: Raised by a probe that cannot look here.
-_CANNOT = "UntestedError"
 _TRACEBACK_LINES = 6
 
 
@@ -80,8 +78,6 @@ def _of_death(probe: Probe, reply: Reply) -> Verdict:
 
 def _of_exception(rank: int, kind: str, text: str, *, broken: bool) -> Verdict:
     last = text.strip().splitlines()[-1] if text.strip() else kind
-    if kind == _CANNOT:
-        return Verdict(HazardState.UNTESTED, last.partition(": ")[2] or last)
     whose = "the harness" if broken else "the probe"
     return Verdict(
         HazardState.UNTESTED,

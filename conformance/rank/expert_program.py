@@ -18,6 +18,7 @@ from accelerated.interface import RankContext
 from accelerated.operators import QuantContract, QuantResult
 from conformance.cases import LayerCase, LayerCell, LayerRound, expand
 from conformance.engine.protocol import Mismatch
+from conformance.rank.byte_views import byte_view
 from conformance.rank.expert_weights import weights_of
 from conformance.rank.guard import synchronise
 from conformance.rank.inputs import Inputs
@@ -221,9 +222,9 @@ class ExpertProgram:
     def _side_effects(self, index: int, call: _Call) -> Mismatch | None:
         for name in ("rows", "ids", "weights"):
             handed, given = getattr(call.handed, name), getattr(call.given, name)
-            if not torch.equal(_bits(handed), _bits(given)):
+            if not torch.equal(byte_view(handed), byte_view(given)):
                 return Mismatch("inputs.modified", index, f"the backend changed its input {name}")
-        if not torch.equal(_bits(call.output[: call.valid]), _bits(call.kept[: call.valid])):
+        if not torch.equal(byte_view(call.output[: call.valid]), byte_view(call.kept[: call.valid])):
             return Mismatch("outputs.overwritten", index, "a later call changed an output that came back")
         return None
 
@@ -345,7 +346,3 @@ class ExpertProgram:
 def _plain(scales: torch.Tensor) -> torch.Tensor:
     """Scales as float32, or E8M0 as bytes."""
     return scales if scales.dtype == torch.float32 else scales.view(torch.uint8)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)

@@ -45,6 +45,8 @@ class GuardedExchange:
         _expect("ids", received.ids, (capacity, top_k), torch.int32)
         _expect("weights", received.weights, (capacity, top_k), torch.float32)
         _expect("count", received.count, (1,), torch.int32)
+        if received.counter is not None:
+            _expect("counter", received.counter, (1,), torch.int32)
         if "expert count" in modes:
             _expect("expert count", received.expert_count, (self._problem.experts_per_rank,), torch.int32)
         if "zero-copy" in modes:

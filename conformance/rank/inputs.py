@@ -26,6 +26,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TAG_WIDTH = 4
 _TAG_BASE = 256
 _ROUNDS_PER_RUN = 16
+#: Parts of a seed: rounds and their replays, of sequences by the step. More would be the next seed's.
+PARTS = 512
 #: Every expert output of ``integers`` values is a multiple of this.
 INTEGER_GRID = 2.0**-4
 
@@ -73,10 +75,16 @@ def round_inputs(
 def numbered_inputs(
     case: Case, index: int, rank: int, routing: Rows, device: torch.device, part: int, stamp: int
 ) -> Inputs:
-    """Inputs of round ``index`` on source ``rank`` as often as ``part`` says, with a stamp of the caller's."""
+    """Inputs of round ``index`` on source ``rank`` as often as ``part`` says, with a stamp of the caller's.
+
+    Raises:
+        ValueError: there are not so many parts.
+    """
+    if not 0 <= part < PARTS:
+        raise ValueError(f"part is {part}; a seed has parts 0 to {PARTS - 1}")
     cell, a_round = case.cell, case.rounds[index]
     tokens = len(routing[rank])
-    generator = torch.Generator().manual_seed((a_round.seed * 64 + part) * 1024 + rank)
+    generator = torch.Generator().manual_seed((a_round.seed * PARTS + part) * 1024 + rank)
     rows = _rows(cell, a_round, tokens, generator)
     tags = row_tags(rank, torch.arange(tokens), stamp)
     if cell.wire:

@@ -33,6 +33,7 @@ _PHASE = struct.Struct("=i28s")
 #: Phase of a starting rank from which on the backend's code runs; what fails before it is not the product's fault.
 BACKEND_PHASE = "open backend"
 PHASE_BYTES = _PHASE.size
+Note = Callable[[str, int], None]
 
 
 class RankSetup(msgspec.Struct, frozen=True):
@@ -46,6 +47,10 @@ class RankSetup(msgspec.Struct, frozen=True):
     directory: str  # of this pool generation: store, phase files, stack files
     environment: tuple[tuple[str, str], ...]
     rendezvous: str = ""  # prefix in torchrun's store, if the world was launched from outside; "" is a file
+
+
+#: Answers commands until told to stop: setup, pipe, phase, file of stacks, and whether torch was there before.
+Serve = Callable[[RankSetup, Connection, Note, TextIO, bool], None]
 
 
 def write_phase(buffer: mmap.mmap, name: str, index: int) -> None:
@@ -72,8 +77,8 @@ def die_with(lifeline: Connection) -> None:
         os._exit(1)  # closed before the signal was armed
 
 
-def main(setup: RankSetup, connection: Connection, lifeline: Connection) -> None:
-    """Entry point of a rank process."""
+def main(setup: RankSetup, connection: Connection, lifeline: Connection, serve: Serve | None = None) -> None:
+    """Entry point of a rank process; ``serve`` answers its commands, those of the suite by default."""
     preloaded = "torch" in sys.modules
     die_with(lifeline)
     # Writing a core file may outlast the grace period, and then a blocked rank would seem to have failed first.
@@ -92,7 +97,7 @@ def main(setup: RankSetup, connection: Connection, lifeline: Connection) -> None
         buffer = mmap.mmap(phase_file.fileno(), mmap.PAGESIZE)
         faulthandler.enable(stacks)
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
-        _serve(setup, connection, lambda name, index: write_phase(buffer, name, index), stacks, preloaded)
+        (serve or _serve)(setup, connection, lambda name, index: write_phase(buffer, name, index), stacks, preloaded)
     # Interpreter teardown with live process groups is where unrelated hangs come from.
     os._exit(0)
 
@@ -100,7 +105,7 @@ def main(setup: RankSetup, connection: Connection, lifeline: Connection) -> None
 def _serve(
     setup: RankSetup,
     connection: Connection,
-    phase: Callable[[str, int], None],
+    phase: Note,
     stacks: TextIO,
     preloaded: bool,
 ) -> None:

@@ -28,6 +28,7 @@ from accelerated.operators import (
 from accelerated.routers import RouteContract, RouteOperation, RouteResult
 from conformance.engine.protocol import Mismatch
 from conformance.rank import judge_routes, row_count
+from conformance.rank.byte_views import byte_view
 from conformance.rank.guard import backend_code, synchronise
 from conformance.rank.judge_rows import Answered, judge_call
 from conformance.rank.oracle_rows import judge_by_oracle
@@ -312,12 +313,8 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.preserve_format)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
-
-
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.shape == right.shape and torch.equal(_bytes(left), _bytes(right))
+    return left.shape == right.shape and torch.equal(byte_view(left), byte_view(right))
 
 
 def _digest(tensor: torch.Tensor) -> torch.Tensor:
@@ -326,7 +323,7 @@ def _digest(tensor: torch.Tensor) -> torch.Tensor:
     Every (place, word of eight bytes) is mixed by itself before the sum, so that changes that cancel are no likelier
     than chance.
     """
-    held = _bytes(tensor)
+    held = byte_view(tensor)
     size = held.numel()
     words = torch.nn.functional.pad(held, (0, -size % 8)).view(torch.int64)
     # Equal words at different places must differ before they are mixed; an odd factor loses nothing.

@@ -3,10 +3,10 @@
 Inputs and expected results of every step are made first. *Drained* then synchronises after each dispatch and combine;
 *free-running* makes every call without host sync, collective of ours or ``.item()``, and judges after the last step.
 Clones, comparisons and poison are put on the same stream, so they see what a user's next kernel would see. What an
-earlier step returned is compared with its clone in the backend's own tensor. To destroy an operator is the exception:
-its memory must not go while a peer still works, and building one synchronises every rank anyway, so a free-running
-sequence is drained there on every rank and runs on from it. Every case begins with new operators, so that it holds all
-that they went through.
+earlier step returned is compared with its clone in the backend's own tensor, the count in the library's counter where
+the backend returned a copy of it. To destroy an operator is the exception: its memory must not go while a peer still
+works, and building one synchronises every rank anyway, so a free-running sequence is drained there on every rank and
+runs on from it. Every case begins with new operators, so that it holds all that they went through.
 
 What a pass does not prove: that another order of calls is safe; and a step that is late on a device is one whose
 launch is late, for delays are the host's.
@@ -26,6 +26,7 @@ from accelerated.contract import Contract, ContractError, exchange
 from accelerated.interface import Backend, Operation, RankContext, Received
 from conformance.cases import Case, Rows, SequenceCase, SequenceCell
 from conformance.engine.protocol import Mismatch
+from conformance.rank.byte_views import differing
 from conformance.rank.experts import LocalExperts
 from conformance.rank.guard import backend_code
 from conformance.rank.guarded_exchange import GuardedExchange
@@ -308,7 +309,8 @@ def _look(of: int, one: _Exchange) -> _Look:
     pairs: list[tuple[str, torch.Tensor | None, torch.Tensor | None]]
     if of == one.step:
         received = one.sent.received
-        pairs = [("count", received.count, one.sent.count)]
+        counter = received.count if received.counter is None else received.counter
+        pairs = [("count", counter, one.sent.count)]
         pairs += list(zip(("rows", "ids", "weights"), _valid_columns(received), _valid_columns(one.sent), strict=False))
         pairs += [("scales", received.scales, one.sent.scales)] if one.sent.scales is not None else []
         pairs += [("expert count", received.expert_count, one.sent.expert_count)]
@@ -336,7 +338,7 @@ def _changed(look: _Look, *, weightless: bool) -> Mismatch | None:
             continue
         whole = name in ("count", "expert count") or not received
         now, before = (all_now, all_before) if whole else (all_now[: max(count, 0)], all_before[: max(count, 0)])
-        differs = _differs(now, before)
+        differs = differing(now, before)
         if not bool(differs.any()):
             continue
         check = "kept.received" if received else "kept.output"
@@ -352,13 +354,6 @@ def _changed(look: _Look, *, weightless: bool) -> Mismatch | None:
             bound="0 (bit for bit)",
         )
     return None
-
-
-def _differs(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """Elements whose bytes differ."""
-    size = now.element_size()
-    left, right = (t.contiguous().flatten().view(torch.uint8).view(*t.shape, size) for t in (now, before))
-    return (left != right).any(-1)
 
 
 # --------------------------------------------------------------------------------------------------------- operators

@@ -6,7 +6,7 @@ What a hit class does not prove: that the backend took a different path because 
 from __future__ import annotations
 
 from accelerated.mori_ep.calls import BLOCKWISE_TYPES, fast_rows
-from conformance.cases import Case, Cell, LayerCell, Recipe, SequenceCase, expand, routing_counts
+from conformance.cases import Case, Cell, LayerCell, Recipe, SequenceCase, SequenceCell, expand, routing_counts
 from conformance.rank.routing import wire_rows
 from conformance.sequence_cases import Poison, kind_of
 from reference.catalogue import VLLM_BACKENDS
@@ -81,3 +81,9 @@ def required(world_size: int, *, masked: bool, coded: bool = False, fast: bool =
     crossing = {"row crosses ranks"} if world_size > 1 else set()
     named = {"masked slot": masked, "values edges": coded, "fast combine": fast}
     return frozenset(crossing | {name for name, wanted in named.items() if wanted})
+
+
+def required_steps(cell: SequenceCell) -> frozenset[str]:
+    """Steps without which a cell of sequences is nothing but rounds: a look at an earlier result, poison, a replay."""
+    replays = {"step replay"} if "handle" in cell.modes else set()
+    return frozenset({"step check", "step poison"} | replays)

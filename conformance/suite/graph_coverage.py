@@ -17,7 +17,9 @@ def classes(case: GraphCase) -> tuple[str, ...]:
     order = [case.rounds[index].graph for index, _ in replays_of(case)]
     graphs = {graph for graph in order if graph >= 0}
     if order[0] >= 0:
-        hit.add("cold first replay")
+        hit.add("begins with a replay")
+        if not case.cell.warm:
+            hit.add("cold capture")
     if len(graphs) > 1:
         hit.add("several sizes")
     if case.rebuilt:
@@ -39,7 +41,9 @@ def classes(case: GraphCase) -> tuple[str, ...]:
 
 def required(cell: GraphCell, contract: Contract) -> frozenset[str]:
     """Classes without which a cell's checks mean nothing."""
-    needed = {"cold first replay", "several sizes", "operator dropped", "replayed again"}
+    needed = {"begins with a replay", "several sizes", "operator dropped", "replayed again"}
+    if not cell.warm:
+        needed.add("cold capture")
     if cell.world_size > 1:
         needed.add("row crosses ranks")
     if "routing" in contract.captures and not cell.modes:

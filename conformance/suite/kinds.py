@@ -41,7 +41,7 @@ from conformance.graph_generation import first_case, graph_cases, graph_strata
 from conformance.layer_pairs import misfit
 from conformance.row_cases import RowCase, RowCell
 from conformance.row_generation import RowContract, ladder, row_cases, takes
-from conformance.sequence_generation import sequence_cases
+from conformance.sequence_generation import first_sequence, sequence_cases
 from conformance.sequence_rules import misfit as misfit_sequence
 from conformance.sequence_rules import validate_sequence
 from conformance.suite import coverage, graph_coverage, layer_coverage, row_coverage
@@ -57,6 +57,8 @@ def fixed_cases(planned: PlannedCell, contract: object) -> Iterator[AnyCase]:
         yield from ladder(planned.cell, row_contract(contract), short=planned.short)
     elif isinstance(planned.cell, GraphCell):
         yield first_case(planned.cell, exchange(contract))
+    elif isinstance(planned.cell, SequenceCell):
+        yield first_sequence(planned.cell, exchange(contract))
     elif isinstance(planned.cell, LayerCell) and not planned.cell.whole:
         experts = _layer_contract(contract)
         assert isinstance(experts, ExpertContract)
@@ -78,7 +80,8 @@ def drawn_parts(cell: AnyCell, contract: object, examples: int) -> list[Part]:
         parts = graph_strata(cell, declared, examples)
         return [(name, share, graph_cases(cell, declared, name)) for name, share in parts]
     if isinstance(cell, SequenceCell):
-        parts = strata(cell, declared, examples)
+        # The case that a cell begins with is one of its budget, where that leaves masked slots a part of it.
+        parts = strata(cell, declared, max(examples - 1, min(examples, 2)))
         return [(name, share, sequence_cases(cell, declared, name)) for name, share in parts]
     return [(name, share, cases(cell, declared, name)) for name, share in strata(cell, declared, examples)]
 
@@ -113,7 +116,8 @@ def required(planned: PlannedCell, contract: object, parts: list[Part]) -> froze
             relations=layer_rules.relations_of(layer, cell) if isinstance(layer, ExpertContract) else (),
         )
     fast = coverage.combine_of(cell, cell.hidden) == "fast"
-    return coverage.required(cell.world_size, masked=len(parts) > 1, coded=bool(cell.codec), fast=fast)
+    needed = coverage.required(cell.world_size, masked=len(parts) > 1, coded=bool(cell.codec), fast=fast)
+    return needed | coverage.required_steps(cell) if isinstance(cell, SequenceCell) else needed
 
 
 def reduced(

@@ -1,8 +1,9 @@
 """What a soak that found nothing says: the rate of faults that it would have shown.
 
-Scope: rounds counted in the records, and arithmetic. It takes faults to strike rounds independently of each other, and
-a round that is struck to be seen, since every element of it is judged; a fault that strikes on other machines, sizes or
-loads only is not in the number.
+Scope: rounds counted in the records, and arithmetic. Nothing is said of a path of which any soak failed, be it as a
+waiver says: faults that were seen are not as rare as the rounds of the soaks that passed make them. It takes faults to
+strike rounds independently of each other, and a round that is struck to be seen, since every element of it is judged; a
+fault that strikes on other machines, sizes or loads only is not in the number.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from conformance.suite.records import BeginRecord, EndRecord
-from conformance.verdicts import Verdict
+from conformance.verdicts import PRODUCT_FAILURES, Verdict
 
 #: The property whose rounds count.
 SOAK = "soak"
@@ -22,16 +23,19 @@ Path = tuple[str, str]
 
 
 def soaked_rounds(ends: Iterable[EndRecord], begun: Mapping[tuple[str, str], BeginRecord]) -> dict[Path, int]:
-    """Rounds of passed soaks, by backend and kernel type."""
+    """Rounds of passed soaks, by backend and kernel type; without those of which a soak failed."""
     found: Counter[Path] = Counter()
+    failed: set[Path] = set()
     for end in ends:
         begin = begun.get((end.cell, end.case_id))
-        if begin is None or begin.case.cell.check != SOAK or end.verdict is not Verdict.PASS:
+        if begin is None or begin.case.cell.check != SOAK:
             continue
-        if end.origin in ("generated", "replay"):
-            cell = begin.case.cell
-            found[cell.backend, cell.kernel_type] += begin.case.steps
-    return dict(sorted(found.items()))
+        path = begin.case.cell.backend, begin.case.cell.kernel_type
+        if end.verdict in PRODUCT_FAILURES:
+            failed.add(path)
+        elif end.verdict is Verdict.PASS and end.origin in ("generated", "replay"):
+            found[path] += begin.case.steps
+    return {path: found[path] for path in sorted(found.keys() - failed)}
 
 
 def one_in(rounds: int) -> int:

@@ -1,7 +1,8 @@
 """What the defects of combine write where they should not, and read where nothing was written.
 
 Scope: deterministic stand-ins for memory corruption, inside the double's own buffers: bytes past the staging memory
-land in the dispatch output, which is allocated next. It proves nothing about what lies next to a buffer on a device.
+land in the dispatch output, which begins at the next boundary of the symmetric heap; those in the gap hit nothing. It
+proves nothing about what lies next to a buffer on a device.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from accelerated.standin.mori_ep.buffers import Buffers
 from accelerated.standin.mori_ep.codecs import Codec
 from accelerated.standin.mori_ep.config import EpDispatchCombineConfig, recv_capacity
 from accelerated.standin.mori_ep.state import Round
+
+#: Every allocation of the symmetric heap begins at a multiple of this many bytes (src/shmem/memory.cpp).
+HEAP_ALIGNMENT = 256
 
 
 def take(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -59,6 +63,11 @@ def staging_bytes(config: EpDispatchCombineConfig, kind: str, codec: Codec | Non
     return rows * (row + head + config.scale_dim * config.scale_type_size)
 
 
+def next_on_heap(size: int) -> int:
+    """Where memory begins that is allocated after ``size`` bytes."""
+    return -(-size // HEAP_ALIGNMENT) * HEAP_ALIGNMENT
+
+
 def overrun(
     buffers: Buffers,
     answers: torch.Tensor,
@@ -73,7 +82,7 @@ def overrun(
     """Write what peers pushed past the end of this rank's staging memory into the dispatch output behind it."""
     slot = hidden * rows.element_size() if codec is None else codec.row_bytes(hidden)
     slot += 4 * config.num_experts_per_token * weighted
-    room, tokens = staging_bytes(config, kind, codec), config.max_num_inp_token_per_rank
+    room, tokens = next_on_heap(staging_bytes(config, kind, codec)), config.max_num_inp_token_per_rank
     if config.world_size * tokens * slot <= room:
         return
     lookup = done.lookup.view(-1, done.n).t()
@@ -82,5 +91,5 @@ def overrun(
         if end > room:
             written = answers[lookup[token, place]].view(torch.uint8)[:slot]
             start = max(end - slot - room, 0)
-            written = written[len(written) - min(len(written), end - room) :][: buffers.out.numel() - start]
+            written = written[len(written) - min(len(written), end - room) :][: max(buffers.out.numel() - start, 0)]
             buffers.out[start : start + len(written)].copy_(written)

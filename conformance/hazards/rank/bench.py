@@ -6,6 +6,8 @@ Scope: the public calls of MoRI 624002c8 (python/mori/ops), whether the library'
 
 from __future__ import annotations
 
+import random
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,18 +18,21 @@ import torch.distributed as dist
 
 from accelerated.mori_ep.library import MoriLibrary, load_mori, load_standin
 from conformance.hazards.protocol import Seen
-from conformance.rank.main import RankSetup
+from conformance.rank.main import Note, RankSetup
 from conformance.rank.session import RankSession
 
-Note = Callable[[str, int], None]
 #: Ids of four tokens on four ranks with two experts each: ranks {0, 1}, {2}, {3, 0} and {1}.
 IDS = ((0, 2), (5, 4), (7, 1), (3, 3))
 #: How many ranks each of them goes to: what a round of identity experts multiplies it by.
 FACTOR = (2.0, 1.0, 2.0, 1.0)
 
 
-class UntestedError(Exception):
-    """A probe cannot look here. The message says why."""
+#: Words of a device or a compiler that failed: no refusal, whatever the exception is.
+_FAILED = re.compile(r"(?i)\bhip|\bcuda|\bjit\b|compil|out of memory|\bfault|failed to load")
+
+
+class RefusedError(Exception):
+    """The library refused the call that is the misuse: what the probe looks for is absent. The message is its own."""
 
 
 class ProbeSession(RankSession):
@@ -35,11 +40,12 @@ class ProbeSession(RankSession):
 
     _bench: Bench | None = None
 
-    def bench(self, kernel_types: Sequence[str], rounds: int) -> Bench:
+    def bench(self, kernel_types: Sequence[str], rounds: int, sequence: int) -> Bench:
         """What one probe works with. Collective after the first time."""
         self._release()
         library = load_standin() if self._backend.standin else load_mori()
-        self._bench = Bench(library, self._setup, self._context.device, self._phase, tuple(kernel_types), rounds)
+        device, kinds = self._context.device, tuple(kernel_types)
+        self._bench = Bench(library, self._setup, device, self._phase, kinds, rounds, sequence)
         return self._bench
 
     def close(self) -> None:
@@ -62,7 +68,7 @@ class Bench:
     Attributes:
         rank, world: place in the pool.
         kinds: kernel types to look at; kind: the first of them.
-        rounds: how often to look.
+        rounds: how often to look; sequence: number of the question among those that the pool is asked.
         directory: the pool's own, shared by its ranks.
         built: operators, which live until every rank has answered.
     """
@@ -75,10 +81,11 @@ class Bench:
         note: Note,
         kinds: tuple[str, ...],
         rounds: int,
+        sequence: int,
     ) -> None:
         self.library, self.device = library, device
         self.rank, self.world = setup.rank, setup.world_size
-        self.kinds, self.kind, self.rounds = kinds, kinds[0], rounds
+        self.kinds, self.kind, self.rounds, self.sequence = kinds, kinds[0], rounds, sequence
         self.directory = Path(setup.directory)
         self._note = note
         self.round = 0
@@ -95,6 +102,10 @@ class Bench:
         for index in range(self.rounds):
             self.round = index
             yield index
+
+    def delays(self) -> random.Random:
+        """Draws of this rank's own for one question, the same whenever the same command is given."""
+        return random.Random(self.sequence * self.world + self.rank)
 
     def wait(self) -> None:
         """Wait for the device: what its kernels did belongs to the phase that launched them."""
@@ -190,22 +201,52 @@ class Bench:
 
     # ---- observations ---------------------------------------------------------------------------------------------
 
-    def wrong_tokens(self, op: Any, ids: torch.Tensor, factor: torch.Tensor | float, scale: float = 1.0) -> list[int]:
-        """Tokens that one round of identity experts brings back as anything but ``scale * factor * x``."""
+    def wrong_tokens(
+        self, op: Any, ids: torch.Tensor, factor: torch.Tensor | float, *, misuse: bool = False
+    ) -> list[int]:
+        """Tokens that one round of identity experts brings back as anything but ``factor * x``.
+
+        Raises:
+            RefusedError: the library refuses to dispatch these ids with this operator, where that is the ``misuse``.
+        """
         n, k = ids.shape
-        x = self.rows(n) * scale
-        out, out_weights, *_ = self.dispatch(op, x, self.weights(n, k), None, ids)
+        x = self.rows(n)
+        given = (op, x, self.weights(n, k), None, ids)
+        out, out_weights, *_ = self.misuse(self.dispatch, *given) if misuse else self.dispatch(*given)
         combined, _ = self.combine(op, out, out_weights, ids)
         return unlike(combined[:n], x.float() * factor)
 
-    def attempt(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, str]:
-        """What a call returns, or the message of the ValueError that it raises."""
+    def misuse(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What the call returns in which the library may refuse the misuse: by an exception of whatever type.
+
+        Raises:
+            RefusedError: it did.
+        """
         try:
-            found = call(*arguments, **options)
-            self.wait()
-        except ValueError as error:
-            return None, str(error) or "ValueError"
-        return found, ""
+            return call(*arguments, **options)
+        except (ImportError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if _FAILED.search(str(error)):
+                raise
+            raise RefusedError(f"{type(error).__name__}: {error}") from error
+
+    def attempt(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, str]:
+        """What a call that is a misuse returns, or why the library refused it."""
+        try:
+            return self.misuse(call, *arguments, **options), ""
+        except RefusedError as error:
+            return None, str(error)
+
+    def each_kind(self, look: Callable[[str], tuple[bool, str]]) -> Seen:
+        """What ``look`` sees of every kernel type; where the library refuses the misuse there is nothing to see."""
+        found = []
+        for kind in self.kinds:
+            try:
+                found.append(look(kind))
+            except RefusedError as error:
+                found.append((False, f"{kind}: refused: {error}"))
+        return seen_of(found)
 
 
 def unlike(got: torch.Tensor, wanted: torch.Tensor) -> list[int]:

@@ -6,6 +6,7 @@ runs the same calls. A probe that sees nothing says so for these sizes only.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def intranode_replay_moves_nothing(bench: Bench) -> Seen:
 
 def low_latency_scans_eight_slots(bench: Bench) -> Seen:
     """A token of nine slots, the ninth of which alone names rank 2."""
-    op = bench.build(num_experts_per_rank=4, num_experts_per_token=9)
-    wrong = bench.wrong_tokens(op, bench.ids([0, 1, 2, 3, 4, 5, 6, 7, 8]), 3.0)
+    op = bench.misuse(bench.build, num_experts_per_rank=4, num_experts_per_token=9)
+    wrong = bench.wrong_tokens(op, bench.ids([0, 1, 2, 3, 4, 5, 6, 7, 8]), 3.0, misuse=True)
     return seen(bool(wrong), told("k = 9, the ninth slot alone on rank 2", wrong, 1))
 
 
@@ -60,37 +61,45 @@ def weights_disagree(bench: Bench) -> Seen:
 
 def negative_id_is_rank_zero(bench: Bench) -> Seen:
     """A masked slot beside an expert of rank 1, sent by every rank."""
-    ids, found = bench.ids([-1, 3]), []
-    for kind in bench.kinds:
+    ids = bench.ids([-1, 3])
+
+    def look(kind: str) -> tuple[bool, str]:
         op = bench.build(kind, **(_RDMA if kind == "InterNodeV1LL" else {}))
         x = bench.rows(1)
-        out, out_weights, _, _, total = bench.dispatch(op, x, bench.weights(1), None, ids)
+        out, out_weights, _, _, total = bench.misuse(bench.dispatch, op, x, bench.weights(1), None, ids)
         count, wanted = int(total), 4 * (bench.rank == 1)
         combined, _ = bench.combine(op, out, out_weights, ids)
         wrong = unlike(combined[:1], x)
-        found.append((count != wanted or bool(wrong), f"{kind}: {count} rows received of {wanted}, {len(wrong)} wrong"))
-    return seen_of(found)
+        return count != wanted or bool(wrong), f"{kind}: {count} rows received of {wanted}, {len(wrong)} wrong"
+
+    return bench.each_kind(look)
 
 
 def ids_past_experts(bench: Bench) -> Seen:
     """An id past the last expert beside a valid one."""
-    wrong = bench.wrong_tokens(bench.build(), bench.ids([8, 3]), 1.0)
+    wrong = bench.wrong_tokens(bench.build(), bench.ids([8, 3]), 1.0, misuse=True)
     return seen(bool(wrong), told("id 8 of 8 experts beside a valid one", wrong, 1))
 
 
 def more_nodes_than_slots(bench: Bench) -> Seen:
     """One slot a token and two nodes."""
-    ids, found = bench.ids([0], [6], [3], [5]), []
-    for kind in bench.kinds:
-        wrong = bench.wrong_tokens(bench.build(kind, num_experts_per_token=1, **_RDMA), ids, 1.0)
-        found.append((bool(wrong), told(f"{kind}, 2 nodes, k = 1", wrong, 4)))
-    return seen_of(found)
+    ids = bench.ids([0], [6], [3], [5])
+
+    def look(kind: str) -> tuple[bool, str]:
+        op = bench.misuse(bench.build, kind, num_experts_per_token=1, **_RDMA)
+        wrong = bench.wrong_tokens(op, ids, 1.0, misuse=True)
+        return bool(wrong), told(f"{kind}, 2 nodes, k = 1", wrong, 4)
+
+    return bench.each_kind(look)
 
 
 def quant_members_refused(bench: Bench) -> Seen:
     """The enumeration's member in the place of its name."""
-    _, text = bench.attempt(bench.build, quant_type=bench.module.EpDispatchCombineQuantType.Fp8DirectCast)
-    return seen(bool(text), f"refused: {text}" if text else "a member is taken")
+    try:
+        bench.build(quant_type=bench.module.EpDispatchCombineQuantType.Fp8DirectCast)
+    except ValueError as error:
+        return seen(True, f"refused: {error}")
+    return seen(False, "a member is taken")
 
 
 def low_latency_needs_three_warps(bench: Bench) -> Seen:
@@ -98,7 +107,7 @@ def low_latency_needs_three_warps(bench: Bench) -> Seen:
     op, mine = bench.build(), bench.ids([2 * bench.rank, 2 * bench.rank])
     for warps in (-1, 2):  # the first leaves a row in the buffer that a lost one would show
         x = bench.rows(1) * (1 if warps < 0 else 2)
-        out, *_ = bench.dispatch(op, x, None, None, mine, warp_per_block=warps)
+        out, *_ = bench.misuse(bench.dispatch, op, x, None, None, mine, warp_per_block=warps)
         received = out[:1].clone()
         bench.combine(op, out, None, mine)
         bench.meet()
@@ -110,7 +119,7 @@ def async_weights_unwritten(bench: Bench) -> Seen:
     """Weights given to the combine of AsyncLL."""
     op, ids, given = bench.build(), bench.ids(), bench.weights(4)
     out, out_weights, *_ = bench.dispatch(op, bench.rows(4), given, None, ids)
-    _, combined = bench.combine(op, out, out_weights, ids)
+    _, combined = bench.misuse(bench.combine, op, out, out_weights, ids)
     if combined is None:
         return seen(True, "combine was given weights and returned none")
     wrong = unlike(combined[:4], given * bench.factor())
@@ -160,13 +169,14 @@ def _fp4(bench: Bench, values: torch.Tensor, what: str) -> Seen:
 
 def rdma_block_split(bench: Bench) -> Seen:
     """No block, then all blocks, for what crosses nodes."""
-    found = []
-    for kind in bench.kinds:
-        for blocks in (0, 80):
-            op = bench.build(kind, block_num=80, gpu_per_node=2, rdma_block_num=blocks)
-            wrong = bench.wrong_tokens(op, bench.ids([0, 6]), 2.0)
-            found.append((bool(wrong), told(f"{kind}, {blocks} of 80 blocks across nodes", wrong, 1)))
-    return seen_of(found)
+
+    def look(kind: str, blocks: int) -> tuple[bool, str]:
+        op = bench.misuse(bench.build, kind, block_num=80, gpu_per_node=2, rdma_block_num=blocks)
+        wrong = bench.wrong_tokens(op, bench.ids([0, 6]), 2.0, misuse=True)
+        return bool(wrong), told(f"{kind}, {blocks} of 80 blocks across nodes", wrong, 1)
+
+    parts = [bench.each_kind(partial(look, blocks=blocks)) for blocks in (0, 80)]
+    return seen_of([(bool(part.times), part.text) for part in parts])
 
 
 def wave32_mask_shift(bench: Bench) -> Seen:

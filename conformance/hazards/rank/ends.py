@@ -33,7 +33,7 @@ def host_assert_kills(bench: Bench) -> Seen:
 def weights_required(bench: Bench) -> Seen:
     """A dispatch without weights."""
     op, x = bench.build(), bench.rows(1)
-    out, *_ = bench.dispatch(op, x, None, None, bench.ids([2 * bench.rank, 2 * bench.rank]))
+    out, *_ = bench.misuse(bench.dispatch, op, x, None, None, bench.ids([2 * bench.rank, 2 * bench.rank]))
     right = bool((out[0] == x[0]).all())
     return seen(False, f"{bench.kind}: dispatched without weights, the row is {'right' if right else 'wrong'}")
 
@@ -42,7 +42,7 @@ def construction_is_collective(bench: Bench) -> Seen:
     """All ranks but the last one build an operator."""
     if bench.rank == bench.world - 1:
         return seen(False, "this rank builds nothing")
-    bench.build(phase="build alone")
+    bench.misuse(bench.build, phase="build alone")
     return seen(False, "built without the last rank")
 
 
@@ -59,7 +59,7 @@ def stale_lock_hangs(bench: Bench) -> Seen:
     before = os.environ.get(_CACHE_VARIABLE)
     os.environ[_CACHE_VARIABLE] = str(cache)
     try:
-        bench.build()
+        bench.misuse(bench.build)
     finally:
         if before is None:
             del os.environ[_CACHE_VARIABLE]

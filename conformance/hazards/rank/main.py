@@ -6,55 +6,31 @@ stderr and its stacks in files. What it does not do: judge; what a death or a si
 
 from __future__ import annotations
 
-import faulthandler
 import importlib
-import mmap
 import os
-import resource
-import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from conformance.engine.protocol import Answer, Canary, Status, Stop, pack
-from conformance.hazards.protocol import Ask, unpack, write_seen
-from conformance.rank.main import BACKEND_PHASE, PHASE_BYTES, RankSetup, die_with, write_phase
+from conformance.hazards.protocol import Ask, Seen, unpack, write_seen
+from conformance.rank.main import BACKEND_PHASE, Note, RankSetup
+from conformance.rank.main import main as main_of_a_rank
 
 if TYPE_CHECKING:
     from conformance.hazards.rank.bench import ProbeSession
 
-Note = Callable[[str, int], None]
-
 
 def main(setup: RankSetup, connection: Connection, lifeline: Connection) -> None:
     """Entry point of a rank process."""
-    preloaded = "torch" in sys.modules
-    die_with(lifeline)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing a core file outlasts the driver's patience
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.update(dict(setup.environment))
-    directory = Path(setup.directory)
-    with (directory / f"stderr-{setup.rank}.txt").open("wb") as stderr:
-        os.dup2(stderr.fileno(), 2)
-    with (
-        (directory / f"stack-{setup.rank}.txt").open("w") as stacks,
-        (directory / f"phase-{setup.rank}").open("w+b") as phases,
-    ):
-        phases.truncate(mmap.PAGESIZE)
-        buffer = mmap.mmap(phases.fileno(), mmap.PAGESIZE)
-        assert len(buffer) >= PHASE_BYTES
-        faulthandler.enable(stacks)
-        faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
-        _serve(setup, connection, lambda name, index: write_phase(buffer, name, index), preloaded)
-    os._exit(0)  # the teardown of an interpreter with live process groups may hang
+    main_of_a_rank(setup, connection, lifeline, _serve)
 
 
-def _serve(setup: RankSetup, connection: Connection, note: Note, preloaded: bool) -> None:
+def _serve(setup: RankSetup, connection: Connection, note: Note, stacks: TextIO, preloaded: bool) -> None:
+    del stacks  # a rank that waits is asked for its stack by a signal
     last = "start"
 
     def noted(name: str, index: int) -> None:
@@ -85,13 +61,17 @@ def _serve(setup: RankSetup, connection: Connection, note: Note, preloaded: bool
 
 def _look(session: ProbeSession, rank: int, command: Ask) -> Answer:
     """Run a probe; what it raises is told, for nothing but the probe's own calls into the library runs meanwhile."""
+    from conformance.hazards.rank.bench import RefusedError
+
     try:
         function = getattr(importlib.import_module(command.module), command.function)
     except (ImportError, AttributeError) as error:
         return _failed(rank, command.sequence, False, error)
     try:
         with _environment(command.environment):
-            seen = function(session.bench(command.kernel_types, command.rounds))
+            seen = function(session.bench(command.kernel_types, command.rounds, command.sequence))
+    except RefusedError as error:
+        seen = Seen(0, f"refused: {error}")
     except Exception as error:  # noqa: BLE001  the driver says what it means
         return _failed(rank, command.sequence, True, error)
     return Answer(command.sequence, rank, "pass", text=write_seen(seen))

@@ -11,7 +11,7 @@ import time
 import torch
 
 from conformance.hazards.protocol import Seen
-from conformance.hazards.rank.bench import Bench, seen, seen_of, told, unlike
+from conformance.hazards.rank.bench import IDS, Bench, seen, seen_of, told, unlike
 
 #: How long the ranks with tokens wait for the one without to be refused, in seconds.
 _PATIENCE_S = 1.0
@@ -24,14 +24,17 @@ def codec_ignored(bench: Bench) -> Seen:
     for kind, dtype, external in (*manners, ("InterNode", torch.bfloat16, True)):
         if kind not in bench.kinds:
             continue
-        op = bench.build(kind, quant_type="fp8_direct_cast", use_external_inp_buf=external)
+        what = f"{kind} {str(dtype).removeprefix('torch.')}{'' if external else ' zero-copy'}"
+        op, message = bench.attempt(bench.build, kind, quant_type="fp8_direct_cast", use_external_inp_buf=external)
+        if message:
+            found.append((False, f"{what}: refused: {message}"))
+            continue
         x = (2 * bench.rows(4) + 17).to(dtype)
         out, *_ = bench.dispatch(op, x, bench.weights(4), None, ids)
         if not external:
             buffer = op.get_registered_combine_input_buffer(dtype)
             buffer[: len(out)] = out
             out = buffer
-        what = f"{kind} {str(dtype).removeprefix('torch.')}{'' if external else ' zero-copy'}"
         taken, message = bench.attempt(bench.combine, op, out, None, ids)
         exact = not message and not unlike(taken[0][:4], x.float() * bench.factor())
         found.append(
@@ -42,15 +45,17 @@ def codec_ignored(bench: Bench) -> Seen:
 
 def v1_codec_garbage(bench: Bench) -> Seen:
     """A cast to FP8 asked of float32 rows."""
-    ids, found = bench.ids(), []
-    for kind in bench.kinds:
+    ids = bench.ids()
+
+    def look(kind: str) -> tuple[bool, str]:
         op = bench.build(kind, quant_type="fp8_direct_cast")
         x = bench.rows(4).float()
-        out, out_weights, *_ = bench.dispatch(op, x, bench.weights(4), None, ids)
-        taken, message = bench.attempt(bench.combine, op, out, out_weights, ids)
-        wrong = [] if message else unlike(taken[0][:4], x * bench.factor())
-        found.append((bool(wrong), f"{kind}: refused" if message else told(f"{kind} float32", wrong, 4)))
-    return seen_of(found)
+        out, out_weights, *_ = bench.misuse(bench.dispatch, op, x, bench.weights(4), None, ids)
+        combined, _ = bench.misuse(bench.combine, op, out, out_weights, ids)
+        wrong = unlike(combined[:4], x * bench.factor())
+        return bool(wrong), told(f"{kind} float32", wrong, 4)
+
+    return bench.each_kind(look)
 
 
 def dispatch_ignores_geometry(bench: Bench) -> Seen:
@@ -63,32 +68,36 @@ def dispatch_ignores_geometry(bench: Bench) -> Seen:
 
 def zero_copy_ignores_input(bench: Bench) -> Seen:
     """The rows as the input, zeros in the registered buffer."""
-    ids, found = bench.ids(), []
-    for kind in bench.kinds:
+    ids = bench.ids()
+
+    def look(kind: str) -> tuple[bool, str]:
         op = bench.build(kind, use_external_inp_buf=False)
         x = bench.rows(4)
         out, *_ = bench.dispatch(op, x, None, None, ids)
         op.get_registered_combine_input_buffer(torch.bfloat16).zero_()
         bench.meet()
-        combined, _ = bench.combine(op, out.clone(), None, ids)
+        combined, _ = bench.misuse(bench.combine, op, out.clone(), None, ids)
         wrong = unlike(combined[:4], x.float() * bench.factor())
-        found.append((bool(wrong), f"{kind}: sums of the {'buffer' if wrong else 'input'}"))
-    return seen_of(found)
+        return bool(wrong), f"{kind}: sums of the {'buffer' if wrong else 'input'}"
+
+    return bench.each_kind(look)
 
 
 def zero_copy_flag_ignored(bench: Bench) -> Seen:
     """The rows as the input, zeros in the registered buffer, on kernel types that have none."""
-    ids, found = bench.ids(), []
-    for kind in bench.kinds:
-        op = bench.build(kind, use_external_inp_buf=False)
+    ids = bench.ids()
+
+    def look(kind: str) -> tuple[bool, str]:
+        op = bench.misuse(bench.build, kind, use_external_inp_buf=False)
         x = bench.rows(4)
         out, out_weights, *_ = bench.dispatch(op, x, bench.weights(4), None, ids)
-        op.get_registered_combine_input_buffer(torch.bfloat16).zero_()
+        bench.misuse(op.get_registered_combine_input_buffer, torch.bfloat16).zero_()
         bench.meet()
-        taken, message = bench.attempt(bench.combine, op, out, out_weights, ids)
-        read = not message and not unlike(taken[0][:4], x.float() * bench.factor())
-        found.append((read, f"{kind}: {'refused' if message else 'sums of the input' if read else 'other sums'}"))
-    return seen_of(found)
+        combined, _ = bench.misuse(bench.combine, op, out, out_weights, ids)
+        read = not unlike(combined[:4], x.float() * bench.factor())
+        return read, f"{kind}: {'sums of the input' if read else 'other sums'}"
+
+    return bench.each_kind(look)
 
 
 def push_from_registered(bench: Bench) -> Seen:
@@ -99,7 +108,7 @@ def push_from_registered(bench: Bench) -> Seen:
         buffer = op.get_registered_combine_input_buffer(torch.bfloat16)
         buffer[: len(out)] = out
         bench.meet()
-        combined, _ = bench.combine(op, buffer, None, ids)
+        combined, _ = bench.misuse(bench.combine, op, buffer, None, ids)
         times += bool(unlike(combined[:4], bench.rows(4).float() * bench.factor()))
         bench.meet()
     return Seen(times, "wrong sums" if times else "every sum was right")
@@ -110,10 +119,8 @@ def source_layout_weights(bench: Bench) -> Seen:
     op, ids, given = bench.build(), bench.ids([0, 2], [4, 6], [0, 4]), bench.weights(3)
     out, *_ = bench.dispatch(op, bench.rows(3), given, None, ids)
     # Every rank has to know: one that refused would keep the others waiting.
-    taken, message = bench.attempt(bench.combine, op, out, given, ids)
-    if message:
-        return seen(False, f"refused: {message}")
-    wrong = unlike(taken[1][:3], 2 * given)
+    _, combined = bench.misuse(bench.combine, op, out, given, ids)
+    wrong = unlike(combined[:3], 2 * given)
     return seen(bool(wrong), f"{len(wrong)} of 3 returned weight rows are not the sums")
 
 
@@ -136,7 +143,7 @@ def dispatch_accumulates(bench: Bench) -> Seen:
     """The counter after a second dispatch."""
     op, ids, counts = bench.build(), bench.ids(), []
     for _ in range(2):
-        counts.append(int(bench.dispatch(op, bench.rows(4), None, None, ids)[4]))
+        counts.append(int(bench.misuse(bench.dispatch, op, bench.rows(4), None, None, ids)[4]))
         bench.meet()
     return seen(counts[0] != counts[1], f"the counter is {counts[0]}, then {counts[1]} after the same dispatch")
 
@@ -167,11 +174,12 @@ def handle_without_tokens(bench: Bench) -> Seen:
             time.sleep(0.01)
         if sign.exists():
             return seen(False, "the rank without tokens was refused; this one did not wait for it")
-    taken, message = bench.attempt(bench.combine, op, out, None, ids, routing=handle)
-    if message:
+    try:
+        combined, _ = bench.combine(op, out, None, ids, routing=handle)
+    except ValueError as error:
         sign.touch()
-        return seen(True, f"without tokens: {message}")
-    wrong = unlike(taken[0][:n], bench.rows(n).float() * bench.factor()[:n])
+        return seen(True, f"without tokens: {error}")
+    wrong = unlike(combined[:n], bench.rows(n).float() * bench.factor()[:n])
     return seen(False, told("a combine with one rank's handle empty", wrong, n))
 
 
@@ -186,21 +194,30 @@ def strided_rows_misread(bench: Bench) -> Seen:
 
 
 def _misread(bench: Bench, x: torch.Tensor, ids: torch.Tensor, what: str) -> Seen:
-    _, message = bench.attempt(bench.dispatch, bench.build(), x, None, None, ids)
-    return seen(not message, f"{what}: refused: {message}" if message else f"{what}: taken without a word")
+    """A dispatch of :data:`IDS` in another form: whether every rank received what it must."""
+    out, _, _, out_ids, total = bench.misuse(bench.dispatch, bench.build(), x, None, None, ids)
+    count = int(total)
+    got = sorted(zip(out[:count].tolist(), out_ids[:count].tolist(), strict=True))
+    sent = [(token, slots) for token, slots in enumerate(IDS) if bench.rank in {slot // 2 for slot in slots}]
+    wanted = [([16.0 * rank + token + 1] * 8, list(slots)) for rank in range(bench.world) for token, slots in sent]
+    lost = sum(row not in got for row in wanted)
+    text = f"{count} rows received of {len(wanted)}, {lost} of these not as they were sent"
+    return seen(got != wanted, f"{what}: taken; {text}")
 
 
 def send_drops_expert_count(bench: Bench) -> Seen:
     """The count asked of dispatch_send."""
-    wanted, found = [[4, 4], [4, 8], [4, 4], [0, 4]][bench.rank], []
-    for kind in bench.kinds:
-        op = bench.build(kind)
+    wanted = [[4, 4], [4, 8], [4, 4], [0, 4]][bench.rank]
+
+    def look(kind: str) -> tuple[bool, str]:
+        op, given = bench.build(kind), (bench.rows(4), bench.weights(4), None, bench.ids())
         bench.note("dispatch")
-        op.dispatch_send(bench.rows(4), bench.weights(4), None, bench.ids(), call_local_expert_count=True)
+        bench.misuse(op.dispatch_send, *given, call_local_expert_count=True)
         if bench.asynchronous(op):
             op.dispatch_recv()
         bench.wait()
         counts = op.local_expert_count.tolist()
-        found.append((counts != wanted, f"{kind}: counted {counts}, received {wanted}"))
         bench.meet()
-    return seen_of(found)
+        return counts != wanted, f"{kind}: counted {counts}, received {wanted}"
+
+    return bench.each_kind(look)

@@ -196,13 +196,14 @@ class _Op:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
         self.buffer = torch.zeros(5, 8, dtype=torch.bfloat16)
+        self.total = torch.tensor([2])
         self.handle = SimpleNamespace(
             total_recv_token_num=torch.tensor([2]), disp_tok_id_to_src_tok_id_local=torch.tensor([3, 1, 9])
         )
 
     def dispatch(self, rows: torch.Tensor, weights: Any, scales: Any, ids: torch.Tensor, **named: Any) -> Any:
         self.calls.append(("dispatch", {"weights": weights is not None, **named}))
-        found = rows.new_zeros(5, rows.shape[1]), torch.zeros(5, 2), None, ids.new_zeros(5, 2), torch.tensor([2])
+        found = rows.new_zeros(5, rows.shape[1]), torch.zeros(5, 2), None, ids.new_zeros(5, 2), self.total
         return (*found, self.handle) if named.get("return_routing") else found
 
     def combine(self, rows: torch.Tensor, weights: Any, ids: torch.Tensor, **named: Any) -> Any:
@@ -229,6 +230,14 @@ def test_weights_are_neither_dispatched_nor_combined_without_them() -> None:
     received = made.prepare(*given())
     assert made.finalize(received.rows, received).weights is None
     assert op.calls == [("dispatch", {"weights": False}), ("combine", {"weights": False})]
+
+
+def test_the_count_outlives_the_librarys_counter_which_comes_back_beside_it() -> None:
+    made, op = operation()
+    received = made.prepare(*given())
+    assert received.counter is op.total
+    op.total.zero_()  # as combine does
+    assert received.count.tolist() == [2]
 
 
 def test_zero_copy_takes_rows_from_the_registered_buffer_only() -> None:

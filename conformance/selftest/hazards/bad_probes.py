@@ -1,12 +1,14 @@
-"""Probes that end in ways that no hazard is known for. They prove nothing by themselves."""
+"""Probes that end in ways that no hazard is known for, and one that tells its delays. They prove nothing themselves."""
 
 from __future__ import annotations
 
 import os
 import time
+from unittest import mock
 
 from conformance.hazards.protocol import Seen
-from conformance.hazards.rank.bench import Bench, UntestedError
+from conformance.hazards.rank import races
+from conformance.hazards.rank.bench import Bench
 
 
 def dies(bench: Bench) -> Seen:
@@ -31,6 +33,9 @@ def raises(bench: Bench) -> Seen:
     raise RuntimeError(f"no kernel for rank {bench.rank}")
 
 
-def cannot(bench: Bench) -> Seen:
-    """A probe that has nothing to look at."""
-    raise UntestedError("no second path on this machine")
+def sleeps(bench: Bench) -> Seen:
+    """The delays that a race draws, in the place of waiting."""
+    drawn: list[float] = []
+    with mock.patch("time.sleep", drawn.append):
+        races.push_fence(bench)
+    return Seen(0, str(drawn))

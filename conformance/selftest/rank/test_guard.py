@@ -108,12 +108,13 @@ PROBLEM = Problem(1, 64, 4, 2, 8)
 class Exchanges:
     """An exchange that returns what it is told to, of three tokens in a buffer of eight rows."""
 
-    def __init__(self, buffer: object = None, combined: object = None) -> None:
-        self._buffer, self._combined = buffer, combined
+    def __init__(self, buffer: object = None, combined: object = None, counter: object = None) -> None:
+        self._buffer, self._combined, self._counter = buffer, combined, counter
 
     def prepare(self, rows: torch.Tensor, *given: object) -> Received:
         slots = torch.zeros(8, 2, dtype=torch.int32)
         received = Received(rows.new_zeros(8, rows.shape[1]), slots, slots.float(), torch.ones(1, dtype=torch.int32))
+        received = replace(received, counter=self._counter)  # type: ignore[arg-type]
         return replace(received, buffer=self._buffer, replay=self.replay)  # type: ignore[arg-type]
 
     def replay(self, rows: torch.Tensor, *given: object) -> Received:
@@ -154,6 +155,17 @@ def test_a_buffer_that_cannot_hold_the_experts_rows(wire: str, columns: int, buf
         return
     with pytest.raises(BackendError, match=told):
         exchange(problem, columns, buffer=given)
+
+
+@pytest.mark.parametrize(
+    ("counter", "told"),
+    [(torch.ones(1), r"\[1\] torch.float32"), (torch.ones(2, dtype=torch.int32), r"\[2\]"), (3, "int;")],
+)
+def test_a_librarys_counter_is_one_int32(counter: object, told: str) -> None:
+    right = torch.ones(1, dtype=torch.int32)
+    assert exchange(PROBLEM, counter=right)[1].counter is right
+    with pytest.raises(BackendError, match=f"counter is {told}"):
+        exchange(PROBLEM, counter=counter)
 
 
 def test_the_buffer_of_packed_codes_and_of_a_replay() -> None:

@@ -11,10 +11,21 @@ from typing import get_args
 import pytest
 import torch
 
-from conformance.cases import Case, Cell, Explicit, Placement, Round, Rows, Values
+from conformance.cases import MAX_ROUNDS, Case, Cell, Explicit, Placement, Round, Rows, Values
 from conformance.rank.experts import LocalExperts, coefficients, dense_experts
-from conformance.rank.inputs import INTEGER_GRID, Inputs, read_tags, round_inputs, row_tags, stamp_of
+from conformance.rank.inputs import (
+    INTEGER_GRID,
+    PARTS,
+    Inputs,
+    numbered_inputs,
+    read_tags,
+    round_inputs,
+    row_tags,
+    stamp_of,
+)
 from conformance.rank.routing import wire_rows
+from conformance.rank.sequence_program import _DISPATCHED as SEQUENCE_REPLAYS
+from conformance.sequence_cases import MAX_STEPS
 from reference.catalogue import model_shapes
 
 CPU = torch.device("cpu")
@@ -25,27 +36,27 @@ PINNED_ROW = [
     0.0,
     0.0,
     5.0,
-    6.0,
-    -1.0,
-    6.0,
-    4.0,
-    -5.0,
-    8.0,
     2.0,
-    7.0,
-    -2.0,
-    -2.0,
-    6.0,
-    -3.0,
     -6.0,
-    7.0,
-    -2.0,
-    -1.0,
-    -8.0,
     5.0,
+    8.0,
+    -3.0,
+    -5.0,
+    -1.0,
+    -7.0,
+    1.0,
+    -3.0,
+    7.0,
+    5.0,
+    -2.0,
+    8.0,
+    -3.0,
     -8.0,
+    -8.0,
+    3.0,
+    2.0,
 ]
-PINNED_WEIGHTS = [[15, 5], [10, 5], [8, 10]]
+PINNED_WEIGHTS = [[4, 14], [4, 16], [11, 4]]
 
 
 def cell(world_size: int = 2, experts: int = 8, top_k: int = 2, dtype: str = "bfloat16", **other: object) -> Cell:
@@ -90,6 +101,21 @@ def test_draws_are_pinned_and_independent() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(99)
         assert torch.equal(draw(of, routing).rows, one.rows)
+
+
+def test_no_part_of_a_seed_is_drawn_like_another_ones() -> None:
+    of, routing = cell(1), (((0, 1),) * 3,)
+    case = Case(of, tuple(Round(Explicit(routing), "integers", seed) for seed in range(9)))
+
+    def payload(index: int, part: int) -> tuple[float, ...]:
+        return tuple(numbered_inputs(case, index, 0, routing, CPU, part, 0).rows[:, 4:].flatten().tolist())
+
+    most = SEQUENCE_REPLAYS + MAX_STEPS  # parts of the replays of a sequence
+    assert max(MAX_ROUNDS, most) <= PARTS
+    drawn = {payload(index, part) for index in range(9) for part in (*range(0, PARTS, 64), most - 1)}
+    assert len(drawn) == 9 * 9
+    with pytest.raises(ValueError, match="part is 512; a seed has parts 0 to 511"):
+        payload(0, PARTS)
 
 
 @pytest.mark.parametrize("kind", ["integers", "normal", "wide"])

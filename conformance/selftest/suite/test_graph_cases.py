@@ -108,7 +108,17 @@ def test_a_cell_begins_with_what_it_needs(form: Any, world_size: int, promised: 
     of = first_case(cell, contract(promised))
     assert decode(encode(of), "here") == of
     assert misfit(of, contract(promised)) == ""
-    assert graph_coverage.required(cell, contract(promised)) <= set(graph_coverage.classes(of))
+    required = graph_coverage.required(cell, contract(promised))
+    assert required <= set(graph_coverage.classes(of))
+    assert ("cold capture" in required) == (not cell.warm)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize("begins", [0, -1])
+def test_only_the_first_call_of_an_operator_that_was_not_warmed_up_is_a_cold_capture(warm: bool, begins: int) -> None:
+    hit = graph_coverage.classes(with_cell(case(begins, 0), warm=warm))
+    assert ("begins with a replay" in hit) == (begins == 0)
+    assert ("cold capture" in hit) == (begins == 0 and not warm)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -130,7 +140,8 @@ def test_drawn_cases_are_legal(form: Any, promised: frozenset[str]) -> None:
         hit.update(graph_coverage.classes(of))
 
     one()
-    assert {"several sizes", "replayed again", "operator dropped", "cold first replay"} <= hit
+    assert {"several sizes", "replayed again", "operator dropped", "begins with a replay"} <= hit
+    assert ("cold capture" in hit) == (not cell.warm)
     assert ("replay with another routing" in hit) == (promised == EVERY)
 
 

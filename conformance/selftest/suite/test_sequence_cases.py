@@ -19,8 +19,9 @@ from conformance.sequence_cases import MAX_STEPS, STEP_KINDS, Check, Combine, De
 from conformance.suite.case_facts import case_fields, look_at_case
 from conformance.suite.coverage import classes
 from conformance.suite.describe import describe
-from conformance.suite.kinds import legal
+from conformance.suite.kinds import drawn_parts, fixed_cases, legal, required
 from conformance.suite.plan import make_plan
+from conformance.suite.sequence_plan import sequence_cell
 from reference.catalogue import KERNEL_TYPES, model_shapes
 
 CASE = every_step("mori-standin", "IntraNode", "drained")
@@ -123,6 +124,35 @@ def test_every_kernel_type_has_sequences_of_both_modes_in_the_gate() -> None:
     assert [(p.cell.kernel_type, p.cell.world_size, p.examples) for p in soaks] == [("IntraNode", 2, 1)]
     beside = [p for p in plan.cells if isinstance(p.cell, SequenceCell) and p.companion]
     assert [(p.cell.backend, p.claimed) for p in beside] == [("reference", True)]
+
+
+@pytest.mark.parametrize("name", ["mori-standin", "reference", "allgather"])
+def test_every_cell_needs_looks_poison_and_replays_and_begins_with_them(name: str) -> None:
+    made = backend(name)
+    plan = make_plan([(name, made, False)], tier="explore", ep_sizes=(1, 2, 4), kernel_types=(), models=())
+    handled = False
+    for one in plan.cells:
+        if not isinstance(one.cell, SequenceCell):
+            continue
+        handled = handled or "handle" in one.cell.modes
+        contract = made.contract(one.cell.problem(), one.cell.kernel_type)
+        parts = drawn_parts(one.cell, contract, one.examples)
+        needed = required(one, contract, parts)
+        assert {"step check", "step poison"} <= needed
+        assert ("step replay" in needed) == ("handle" in one.cell.modes)
+        (first,) = fixed_cases(one, contract)
+        assert decode(encode(first), "here") == first
+        assert legal(made, first, "gfx942")
+        assert needed - {"masked slot"} <= set(classes(first))  # type: ignore[arg-type]
+        assert sum(share for _, share, _ in parts) + 1 == one.examples
+    assert handled == (name != "allgather")
+
+
+def test_the_first_case_is_one_of_a_cells_budget_unless_that_is_masked_slots() -> None:
+    cell = sequence_cell("mori-standin", "IntraNode", (8, 1), "free-running")
+    contract = backend("mori-standin").contract(cell.problem(), cell.kernel_type)
+    for examples, shares in ((1, [1]), (2, [1, 1]), (3, [1, 1]), (8, [6, 1])):
+        assert [share for _, share, _ in drawn_parts(cell, contract, examples)] == shares
 
 
 def test_explore_has_every_topology_and_way_and_smoke_has_none() -> None:

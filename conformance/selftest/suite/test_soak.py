@@ -85,12 +85,12 @@ def _records(case: Case, verdict: Verdict, origin: str = "generated") -> tuple[B
 
 
 def test_rounds_of_passed_soaks_count_and_nothing_else() -> None:
-    first, second, failed, *_ = drawn(CELL)
+    first, second, unknown, *_ = drawn(CELL)
     other = msgspec.structs.replace(first, cell=msgspec.structs.replace(CELL, check="rounds"))
     told = [
         _records(first, Verdict.PASS),
         _records(second, Verdict.PASS),
-        _records(failed, Verdict.FAIL),
+        _records(unknown, Verdict.INFRA),
         _records(other, Verdict.PASS),
     ]
     begun = {(begin.cell, begin.case_id): begin for begin, _ in told}
@@ -103,3 +103,15 @@ def test_rounds_of_passed_soaks_count_and_nothing_else() -> None:
         "with 95%"
     )
     assert soak_lines({}) == []
+
+
+@pytest.mark.parametrize(
+    ("verdict", "origin"), [(Verdict.FAIL, "generated"), (Verdict.CRASH, "replay"), (Verdict.HANG, "waived")]
+)
+def test_nothing_is_said_of_a_path_of_which_a_soak_failed(verdict: Verdict, origin: str) -> None:
+    first, failed, *_ = drawn(CELL)
+    apart = msgspec.structs.replace(first, cell=msgspec.structs.replace(CELL, kernel_type="AsyncLL"))
+    told = [_records(first, Verdict.PASS), _records(failed, verdict, origin), _records(apart, Verdict.PASS)]
+    begun = {(begin.cell, begin.case_id): begin for begin, _ in told}
+    for ends in ([end for _, end in told], [end for _, end in reversed(told)]):
+        assert soaked_rounds(ends, begun) == {("mori-standin", "AsyncLL"): 100}
