@@ -87,7 +87,7 @@ class LayerSlot:
 
 
 LAYERS = (
-    LayerSlot("layer", {1: 2, 2: 5, 4: 3, 8: 3}),
+    LayerSlot("layer", {1: 2, 2: 3, 4: 2, 8: 2}),
     LayerSlot("layer", {2: 2, 4: 1, 8: 1}, mode="free-running", unquantised=False, in_turn=True),
     LayerSlot("layer", {2: 2, 4: 1, 8: 1}, placement="round_robin", unquantised=False, translated=False),
     LayerSlot("eplb", {2: 1, 4: 1, 8: 1}, redundant=1, unquantised=False, in_turn=True),
@@ -97,8 +97,8 @@ LAYERS = (
 )
 LAYERS_SMOKE = (LayerSlot("layer", {2: 2, 4: 1}),)
 LAYERS_COMPANION = (
-    LayerSlot("layer", {1: 1, 2: 2, 4: 1, 8: 1}, unquantised=False),
-    LayerSlot("layer", {2: 2, 4: 1}, placement="round_robin", unquantised=False, translated=False),
+    LayerSlot("layer", {1: 1, 2: 2, 4: 1, 8: 1}, unquantised=False, in_turn=True),
+    LayerSlot("layer", {2: 2, 4: 1}, placement="round_robin", unquantised=False, translated=False, in_turn=True),
     LayerSlot("eplb", {2: 1, 4: 1}, redundant=1, unquantised=False, in_turn=True),
 )
 #: Experts that differ from others in what one rank computes alone: their layers are for explore, or asked for by name.
@@ -185,11 +185,14 @@ def layer_cells(
         for world_size in ep_sizes:
             if path.endswith(UNQUANTISED) and not (every or named) and able and world_size != able[number % len(able)]:
                 continue  # the wire is what differs: one EP size beside all those of the quantised path
+            both = world_size % 2 == 0 and all(_runs(backend, path, world_size, nodes) for nodes in (1, 2))
             for nodes in (1, 2) if world_size % 2 == 0 else (1,):
                 refused: dict[str, None] = {}
                 shapes = models if every else ()
                 turn = every or named or not able or world_size == able[number % len(able)]
-                here = [slot for slot in slots if turn or not slot.in_turn]
+                # How nodes are summed is the dispatches' own matter: of a path's lines in turn, one or two nodes.
+                mine = every or named or not both or nodes == 1 + number // max(len(able), 1) % 2
+                here = [slot for slot in slots if not slot.in_turn or (turn and mine)]
                 for cell, examples in _layers(name, path, world_size, nodes, here, shapes, only_models):
                     found = planned_cell(backend, cell, examples, companion)
                     if isinstance(found, PlannedCell):
@@ -282,9 +285,9 @@ def planned_cell(
     return PlannedCell(cell, examples, claimed, companion, short)
 
 
-def _runs(backend: Backend, path: str, world_size: int) -> bool:
-    """Whether a path runs at an EP size on one node."""
-    problem = synthetic_layer("", path, world_size, 1, LAYERS[0]).problem()
+def _runs(backend: Backend, path: str, world_size: int, nodes: int = 1) -> bool:
+    """Whether a path runs at an EP size on so many nodes."""
+    problem = synthetic_layer("", path, world_size, nodes, LAYERS[0]).problem()
     return backend.support(problem, path).standing is not Standing.REFUSED
 
 

@@ -199,7 +199,11 @@ def add_options(parser: pytest.Parser) -> None:
         "UNTESTED of each. Never done unless asked for: on hardware some probes write out of bounds, kill ranks or "
         "hang, so run it where nothing else runs",
     )
-    group.addoption("--gate-hazards", action="store_true", help="end with exit 1 if a hazard is PRESENT")
+    group.addoption(
+        "--gate-hazards",
+        action="store_true",
+        help="end with exit 1 if a hazard is PRESENT, 2 if one cannot be looked for",
+    )
     group.addoption("--replay", action="append", default=None, metavar="PATH", help="run exactly these recorded cases")
 
 

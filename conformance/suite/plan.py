@@ -71,14 +71,14 @@ class Slot:
 
 
 GATE = (
-    Slot("round_trip", PAIRS, "drained", {1: 10, 2: 26, 4: 18, 8: 18}),
-    Slot("round_trip", ODD, "drained", {1: 5, 2: 20, 4: 12, 8: 9}),
-    Slot("round_trip", WIDE, "drained", {1: 4, 2: 18, 4: 12, 8: 8}),
-    Slot("round_trip", SINGLE, "drained", {1: 4, 2: 16, 4: 10, 8: 6}),
+    Slot("round_trip", PAIRS, "drained", {1: 10, 2: 18, 4: 14, 8: 18}),
+    Slot("round_trip", ODD, "drained", {1: 5, 2: 14, 4: 10, 8: 9}),
+    Slot("round_trip", WIDE, "drained", {1: 4, 2: 12, 4: 9, 8: 8}),
+    Slot("round_trip", SINGLE, "drained", {1: 4, 2: 11, 4: 8, 8: 6}),
     Slot("round_trip", BULK, "drained", {1: 2, 2: 6, 4: 5, 8: 3}),
-    Slot("round_trip", None, "drained", {1: 2, 2: 12, 4: 9, 8: 6}),
-    Slot("rounds", PAIRS, "free-running", {1: 4, 2: 10, 4: 8, 8: 6}),
-    Slot("placement", None, "drained", {1: 1, 2: 4, 4: 3, 8: 2}),
+    Slot("round_trip", None, "drained", {1: 2, 2: 9, 4: 8, 8: 6}),
+    Slot("rounds", PAIRS, "free-running", {1: 4, 2: 8, 4: 6, 8: 6}),
+    Slot("placement", None, "drained", {1: 1, 2: 3, 4: 2, 8: 2}),
     Slot("placement", PAIRS, "drained", {2: 3, 4: 2, 8: 2}, "round_robin"),
 )
 SMOKE = (
