@@ -140,16 +140,15 @@ class World:
         found: dict[int, Member] = {}
         refused = ""
         deadline, told = time.monotonic() + limit_s, time.monotonic()
+        server.settimeout(1.0)  # a caller may be gone again before it is accepted
         try:
             with server, Callers(token) as callers:
                 while not found or len(found) < next(iter(found.values())).hello.world_size:
-                    server.settimeout(max(0.01, min(callers.patience_s, deadline - time.monotonic())))
-                    try:
-                        callers.admit(server.accept()[0])
-                    except TimeoutError:
-                        pass
-                    except OSError as error:
-                        refused = f"; the last caller was lost: {error}"
+                    if wait([server], max(0.01, min(callers.patience_s, deadline - time.monotonic()))):
+                        try:
+                            callers.admit(server.accept()[0])
+                        except OSError as error:
+                            refused = f"; the last caller was lost: {error}"
                     for answer in callers.answers():
                         if isinstance(answer, Refused):
                             refused = f"; the last caller was refused: {answer.why}"

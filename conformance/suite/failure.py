@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerated.mori_ep import transports
-from conformance.cases import AnyCase, LayerCase, SequenceCase, encode
+from conformance.cases import AnyCase, SequenceCase, encode
 from conformance.engine.driver import Outcome
 from conformance.row_cases import RowCase
 from conformance.suite.describe import describe
 from conformance.suite.reproduce import script
-from conformance.suite.reproduce_layers import layer_script
 from conformance.suite.reproduce_rows import row_files
 from conformance.verdicts import Verdict
 
@@ -115,9 +114,7 @@ class Failure:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "case.json").write_bytes(encode(self.minimal))
         (self.directory / "original.json").write_bytes(encode(self.original))
-        if isinstance(self.minimal, LayerCase):
-            self._store_script(layer_script(self.minimal, self.device, self.arch))
-        elif isinstance(self.minimal, RowCase):
+        if isinstance(self.minimal, RowCase):
             for name, content in row_files(self.minimal, self.device, self.arch, self.outcome.check).items():
                 (self.directory / name).write_bytes(content)
         else:

@@ -4,8 +4,8 @@ The script spells out the routing, builds the same tensors as the suite, calls t
 the suite's comparisons: received rows with their multiplicity, bytes, source map and promised order, combined weights,
 inputs left alone, and the sum against a dense one in float64. What it does not reproduce: the exact acceptance interval
 of the sum. It lets every addition and every store round to the element type, which is coarser than the suite's
-interval, so a wrong last bit passes here; and a hang hangs it. Failures with a wire, a codec or a mode have another
-script (:mod:`conformance.suite.reproduce_calls`), as have replays (:mod:`conformance.suite.reproduce_graphs`).
+interval, so a wrong last bit passes here; and a hang hangs it. Failures of anything but plain exchanges have another
+script (:mod:`conformance.suite.reproduce_programs`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import pprint
 
 from accelerated.contract import ReceiveLayout, exchange
 from accelerated.registry import backend
-from conformance.cases import Case, GraphCase, SequenceCase, expand
+from conformance.cases import Case, GraphCase, LayerCase, SequenceCase, expand
 from conformance.rank.routing import wire_rows
-from conformance.suite.reproduce_calls import call_script
-from conformance.suite.reproduce_graphs import graph_script
-from conformance.suite.reproduce_sequences import sequence_script
+from conformance.suite.reproduce_programs import program_script
 
 _TEMPLATE = '''#!/usr/bin/env python
 """Case {case_id}: {label}
@@ -255,12 +253,9 @@ if __name__ == "__main__":
 def script(case: Case, device: str = "cpu", arch: str = "gfx942") -> str:
     """Text of the stand-alone script of ``case``, which runs on ``device`` under the contract of ``arch``."""
     cell = case.cell
-    if isinstance(case, GraphCase):
-        return graph_script(case, device, arch)
-    if isinstance(case, SequenceCase):
-        return sequence_script(case, device, arch)
-    if cell.special or any(r.hidden or r.values == "edges" for r in case.rounds):
-        return call_script(case, device, arch)
+    plain = not isinstance(case, GraphCase | SequenceCase | LayerCase) and not cell.special
+    if not plain or any(r.hidden or r.values == "edges" for r in case.rounds):
+        return program_script(case, device, arch)
     rounds = [
         {
             "rows": wire_rows(cell, expand(cell, r.routing)),

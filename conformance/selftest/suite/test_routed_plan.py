@@ -33,7 +33,7 @@ from conformance.suite.controller import replayed_cases
 from conformance.suite.describe import describe
 from conformance.suite.layer_plan import planned_cell
 from conformance.suite.plan import make_plan
-from conformance.suite.reproduce_layers import layer_script
+from conformance.suite.reproduce_programs import program_script
 from conformance.suite.routed_plan import ROUTED_FORMS, STAGE1, form_for, lends_its_dispatch, routed
 
 WHOLE, SPECIFICATION, LENT = "mori-standin+aiter-standin", "reference+reference", "reference+aiter-standin"
@@ -190,7 +190,7 @@ def test_labels_reports_and_scripts_name_the_router() -> None:
     case = one(ROUTED, (0, 1))
     assert ROUTED.label.endswith("-route.softmax_k2")
     assert "ids and weights from route.softmax_k2" in describe(case)[0]
-    assert "route.softmax_k2" in layer_script(case)
+    assert "route.softmax_k2" in program_script(case)
 
 
 def test_a_recorded_router_that_the_backend_lacks_is_refused_before_the_run(tmp_path: Path) -> None:
