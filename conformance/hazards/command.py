@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -23,14 +24,12 @@ from conformance.hazards.probe import Probe
 from conformance.hazards.prober import Prober
 from conformance.suite import controller
 from conformance.suite.cells import Plan, PlannedCell
+from conformance.suite.command import answered
 from conformance.suite.failure import STANDIN_MARK
 from conformance.suite.kernels import uncompiled_kernels
 from conformance.suite.options import Options, takes_transport
 from conformance.suite.records import HazardRecord, RecordWriter
 from conformance.verdicts import ExitCode
-
-#: Columns of a report that is written to a file.
-_FILE_WIDTH = 160
 
 
 def run(options: Options) -> int:
@@ -39,18 +38,15 @@ def run(options: Options) -> int:
     Raises:
         pytest.UsageError: the options ask for what this machine does not have, or what a probe does not take.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
+    return answered(partial(_answer, options))
+
+
+def _answer(options: Options, console: Console) -> ExitCode:
     options = replace(options, backends=subjects(options), companions=(), tier="hazards")
     _refuse(options)
     wanted = [PROBES[name] for name in PROBES if name in options.hazards]
-    try:
-        # Each probe has its own EP size; what is wider than the machine is not tried.
-        options, machine = controller.fit_to_machine(options)
-    except pytest.exit.Exception as error:
-        console.print(error.msg, markup=False)
-        return int(error.returncode or ExitCode.INFRASTRUCTURE)
+    # Each probe has its own EP size; what is wider than the machine is not tried.
+    options, machine = controller.fit_to_machine(options)
     directory = controller.new_run_directory(options)
     controller.open_run(options, (), (), directory, machine.gpus)
     writer = RecordWriter(directory / "hazards.jsonl")
@@ -80,7 +76,7 @@ def run(options: Options) -> int:
     if any(r.standin for r in records):
         console.print(STANDIN_MARK, markup=False)
     console.print(f"exit {code.value}; records: {writer.path}", markup=False)
-    return code.value
+    return code
 
 
 def subjects(options: Options) -> tuple[str, ...]:

@@ -7,10 +7,10 @@ does not work, 3 if nothing is known of a backend under test or the suite itself
 
 from __future__ import annotations
 
-import traceback
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -29,14 +29,12 @@ from conformance.suite.capabilities import (
     subjects,
     widened,
 )
+from conformance.suite.command import answered
 from conformance.suite.failure import STANDIN_MARK
 from conformance.suite.kernels import mori_kernel, uncompiled_kernels
 from conformance.suite.options import Options
 from conformance.suite.records import Capability, CapabilityRecord, RecordWriter
 from conformance.verdicts import ExitCode
-
-#: Columns of a matrix that is written to a file.
-_FILE_WIDTH = 160
 
 
 def run(options: Options) -> int:
@@ -45,19 +43,7 @@ def run(options: Options) -> int:
     Raises:
         pytest.UsageError: the options ask for what this machine does not have.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
-    try:
-        return _answer(options, console).value
-    except pytest.UsageError:
-        raise
-    except pytest.exit.Exception as error:
-        console.print(error.msg, markup=False)
-        return int(error.returncode or ExitCode.INFRASTRUCTURE)
-    except Exception:  # noqa: BLE001  Python's own exit code would say that the product failed
-        console.print(f"INFRA: the suite failed, the matrix is not complete: {traceback.format_exc()}", markup=False)
-        return ExitCode.INFRASTRUCTURE.value
+    return answered(partial(_answer, options))
 
 
 def _answer(options: Options, console: Console) -> ExitCode:

@@ -15,6 +15,7 @@ import pytest
 
 from accelerated.standin.mori_ep.hazards import VARIABLE
 from conformance.hazards import command
+from conformance.hazards.prober import Prober
 from conformance.selftest.engine.helpers import wait_until
 from conformance.selftest.suite.runs import Run, finish, run, start
 from conformance.selftest.suite.test_harness import options
@@ -97,6 +98,20 @@ def test_a_command_that_is_killed_leaves_what_it_wrote(tmp_path: Path) -> None:
     records = list(read_records(directory))
     assert [r.hazard for r in records if isinstance(r, HazardBeginRecord)] == ["weights-disagree", "stale-lock-hangs"]
     assert [(r.hazard, r.state) for r in records if isinstance(r, HazardRecord)] == [("weights-disagree", "PRESENT")]
+
+
+def test_a_suite_that_fails_is_no_hazard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python would end with 1, which under ``--gate-hazards`` says PRESENT."""
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Prober, "probe", full)
+    chosen = replace(options(tmp_path, "mori-standin"), hazards=("push-fence",), gate_hazards=True)
+    assert command.run(chosen) == ExitCode.INFRASTRUCTURE
+    assert "INFRA: the suite failed" in capsys.readouterr().out
 
 
 def test_a_missing_library_is_no_absence(tmp_path: Path) -> None:
